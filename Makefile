@@ -1,0 +1,85 @@
+# What a newcomer runs; `make` alone lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench lock clean-env
+
+PYTHON ?= python3.11
+RUN ?= demo
+ARGS ?=
+
+# The environment's tools come first; img2dataset is a link there to an environment of its own.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+# uv: the machine's, else one of our own. It reads UV_FIND_LINKS only, so what pip would read is passed on.
+UV := $(shell command -v uv || echo .venv-uv/bin/uv)
+UV_INSTALL = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(UV) pip install
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+env: .venv/.done .venv-data/.done  ## make the environments from the locks (nothing to do once they are there)
+
+demo: env  ## run the workflow for RUN=demo (ARGS="-n" only shows the plan) and print its metrics
+	snakemake --profile profiles/local --config run=$(RUN) $(ARGS)
+	@if [ -f results/runs/$(RUN)/metrics.txt ]; then cat results/runs/$(RUN)/metrics.txt; fi
+
+# Two workers of one thread each: more threads than cores make small models many times slower.
+test: env  ## run the tests, all but those that need SLURM (ARGS="-k name" picks some)
+	OMP_NUM_THREADS=1 python -m pytest tests --ignore=tests/slurm --numprocesses 2 --dist loadfile $(ARGS)
+
+lint: env  ## check format and rules of Python and Snakemake files
+	ruff format --check .
+	ruff check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+bench: env  ## run the side-by-side measurements in benchmarks/
+	for script in benchmarks/*.py; do python "$$script" $(ARGS); done
+
+clean-env:  ## remove the environments
+	rm -rf .venv .venv-data .venv-uv
+
+# ---------------------------------------------------------------- environments
+# Each ends in a stamp, so an interrupted one is finished by the next `make env`. Nothing in them is built or resolved
+# anew: hashes are checked, and the library is found through a path file. npm is added where the machine has none.
+.venv/.done: requirements/env.txt requirements/torch.txt requirements/npm.txt | $(filter .venv-uv/%,$(UV))
+	$(call make_venv,.venv)
+	$(UV_INSTALL) --python .venv/bin/python -r requirements/env.txt -r requirements/torch.txt
+	command -v npm >/dev/null || $(UV_INSTALL) --python .venv/bin/python -r requirements/npm.txt
+	echo "$(CURDIR)/workflow" > .venv/lib/python3.11/site-packages/sdtrain.pth
+	touch $@
+
+.venv-data/.done: requirements/img2dataset.txt .venv/.done | $(filter .venv-uv/%,$(UV))
+	$(call make_venv,.venv-data)
+	$(UV_INSTALL) --python .venv-data/bin/python -r requirements/img2dataset.txt
+	ln -sfn ../../.venv-data/bin/img2dataset .venv/bin/img2dataset
+	touch $@
+
+.venv-uv/bin/uv: requirements/uv.txt
+	@$(need_python)
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+
+need_python = $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	echo "error: $(PYTHON) is not a Python 3.11. Install python3.11 and python3.11-venv, or name one:" \
+	"make env PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+# $(1): a folder. An environment that is there already is kept and added to.
+define make_venv
+@$(need_python)
+[ -x $(1)/bin/python ] || $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(1)
+endef
+
+# ---------------------------------------------------------------- locks
+# For every platform, without the name of any host. torch takes part in the resolution; it and what only it needs
+# (triton, nvidia-*, cuda-*) are then left out.
+LOCK = env -u UV_FIND_LINKS $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-annotate --constraint requirements/torch.txt
+WITHOUT_TORCH = awk '/^[a-z]/ { keep = $$0 !~ /^(torch|triton|nvidia-|cuda-)/ } keep'
+
+lock: $(filter .venv-uv/%,$(UV))  ## write the locks anew from requirements/*.in
+	for name in env img2dataset npm uv; do \
+		$(LOCK) requirements/$$name.in | $(WITHOUT_TORCH) > requirements/.$$name.txt; \
+		mv requirements/.$$name.txt requirements/$$name.txt; done

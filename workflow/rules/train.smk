@@ -1,0 +1,25 @@
+# One rule for every stage and milestone: the next milestone goes on from the one before.
+
+
+rule train:
+    input:
+        lambda w: components_of(load_stage(w.run, w.stage).model),
+        earlier_result,
+        config="results/runs/{run}/{stage}/config/train.yaml",
+        data=lambda w: made_here(load_stage(w.run, w.stage).dataset.params.path),
+    output:
+        "results/runs/{run}/{stage}/{images}/train.json",
+    log:
+        "logs/runs/{run}/{stage}/{images}/train.log",
+    benchmark:
+        "logs/runs/{run}/{stage}/{images}/train.tsv"
+    threads: 2
+    resources:
+        launch="torchrun --standalone --nproc_per_node 1",
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "{resources.launch} workflow/scripts/train.py"
+        " config={input.config}"
+        " experiment.stop_at={wildcards.images}"
+        " 2>&1 | tee {log}"

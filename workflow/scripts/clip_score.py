@@ -1,0 +1,72 @@
+"""How well generated images go with their captions, beside the same images with each other's captions.
+
+CLIPScore where `model` is a CLIP model's folder; an alignment score where it is a fitted alignment (then `features` and
+`text` name the folders of the networks it was fitted with).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from sdtrain import config as cf
+from sdtrain import evaluation, features
+
+TEXT_BATCH = 64
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    required = dict.fromkeys(("samples", "model", "output"))
+    config, own = cf.command_line(argv, cf.EvaluationConfig, __doc__, **required, features="", text="")
+    try:
+        record = measure(config, own)
+    except (cf.ConfigError, features.FeatureError, evaluation.EvaluationError) as error:
+        raise SystemExit(f"error: {error}") from None
+    cf.write_json(own["output"], record)
+    print(f"{own['output']}: {record['metric']} {record['value']:.1f} matched, {record['shuffled']:.1f} shuffled")
+
+
+def measure(config, own: dict[str, str]) -> dict:
+    """The record of the score with matched and with shuffled captions."""
+    samples = evaluation.read_samples(own["samples"])
+    about, network, embed_text, score = open_alignment(own) if own["model"].endswith(".safetensors") else open_clip(own)
+    images = evaluation.sample_features(network, samples, "generated images")
+    texts = embed_text(samples["prompts"])
+    scores = evaluation.caption_scores(score, images, texts, samples["prompts"], config.seed)
+    return {**about, **scores, "images": len(images), "resolution": samples["resolution"], "code": cf.code_digest()}
+
+
+def open_clip(own: dict[str, str]):
+    """Name, image network, text network and pairwise score of a CLIP model."""
+    scorer = features.ClipScorer(own["model"], evaluation.device())
+
+    def embed_text(captions: list[str]) -> torch.Tensor:
+        batches = [captions[i : i + TEXT_BATCH] for i in range(0, len(captions), TEXT_BATCH)]
+        return torch.cat([scorer.text_embeds(batch).cpu() for batch in batches])
+
+    return {"metric": scorer.name}, scorer.image_embeds, embed_text, features.clip_score
+
+
+def open_alignment(own: dict[str, str]):
+    """The same of a fitted alignment, with its scores on real held-out images."""
+    alignment = features.LinearAlignment.load(own["model"])
+    _, about = evaluation.load_tensors(own["model"])
+    if not (own["features"] and own["text"]):
+        raise evaluation.EvaluationError(f"{own['model']}: a fitted alignment needs features=… and text=… folders")
+    network = features.image_features(own["features"], evaluation.device())
+    for key, fitted, given in (
+        ("features", alignment.image_network, network.name),
+        ("text", alignment.text_encoder, Path(own["text"]).name),
+    ):
+        if fitted != given:
+            raise evaluation.EvaluationError(f"{own['model']}: fitted with {fitted}, but {key}={own[key]} is {given}")
+    facts = {"metric": alignment.name, "real": json.loads(about.get("held_out", "null"))}
+    return facts, network, lambda captions: features.text_embeddings(own["text"], captions), alignment.score
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,51 @@
+"""Fit a linear map from image features to caption embeddings on the training images; test it on the held-out ones.
+
+It stands in for a CLIP model where there is none; what it gives is called an alignment score, never CLIPScore.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from sdtrain import config as cf
+from sdtrain import evaluation, features, loader, shards
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    keys = ("features", "text", "manifest", "held_out", "output")
+    _, own = cf.command_line(argv, None, __doc__, **dict.fromkeys(keys), resolution="128")
+    try:
+        fit(own)
+    except (shards.ShardError, loader.DataError, features.FeatureError, evaluation.EvaluationError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def fit(own: dict[str, str]) -> None:
+    """Write the alignment; the metadata tell how well it does on the held-out images."""
+    network, output = features.image_features(own["features"], evaluation.device()), Path(own["output"])
+    resolution = evaluation.positive(own["resolution"], "resolution")
+
+    def embed(manifest: str, label: str):
+        dataset = loader.ImageDataset(manifest, resolution)
+        images, captions = evaluation.dataset_features(network, dataset, len(dataset), label)
+        return images, features.text_embeddings(own["text"], captions), captions
+
+    images, texts, _ = embed(own["manifest"], "training images")
+    held_out = embed(own["held_out"], "held-out images")
+    alignment = features.LinearAlignment.fit(images, texts, network.name, Path(own["text"]).name)
+    record = evaluation.caption_scores(alignment.score, *held_out, seed=0)
+    record |= {"images": len(held_out[0]), "retrieval": alignment.retrieval(*held_out[:2]), "fitted_on": len(images)}
+    alignment.save(output)
+    tensors, about = evaluation.load_tensors(output)
+    evaluation.save_tensors(output, tensors, about | {"held_out": json.dumps(record), "code": cf.code_digest()})
+    print(
+        f"{output}: {alignment.name}, fitted on {len(images):,} images; on {record['images']:,} held-out ones R@1 "
+        f"{record['retrieval']:.2f}, score {record['value']:.1f} matched, {record['shuffled']:.1f} shuffled"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,85 @@
+"""Generate a milestone's images for the metrics and the report: one seed a prompt, PNGs and grids."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdtrain import checkpoint, config, loader, models, sampling, shards
+
+
+def captions_of(dataset: loader.PositionDataset, count: int) -> list[str]:
+    """Captions of the first `count` samples of the dataset's shuffled stream; they repeat if it is smaller."""
+    return [dataset.caption(dataset.locate(position)) for position in range(count)]
+
+
+def choose_prompts(settings, stage, held_out: str) -> tuple[list[str], list[dict]]:
+    """The prompts of the metrics, and the report's grids as {"title", "prompts"}.
+
+    Metrics use `evaluation.prompts` if given, else captions of the training set; a second grid asks for captions
+    that were never trained on.
+    """
+    seen = loader.open_dataset(stage.dataset, settings.seed)
+    if settings.prompts:
+        lines = [line.strip() for line in Path(settings.prompts).read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line]
+        prompts = [lines[i % len(lines)] for i in range(settings.num_images)]
+    else:
+        prompts = captions_of(seen, settings.num_images)
+    grids = [{"title": "captions of the training set", "prompts": list(settings.grid) or captions_of(seen, 16)}]
+    if settings.held_out_grid:
+        unseen = loader.open_dataset(config.held_out_dataset(stage.dataset, held_out), settings.seed)
+        count = min(settings.held_out_grid, len(unseen))
+        grids.append({"title": "held-out captions, never trained on", "prompts": captions_of(unseen, count)})
+    return prompts, grids
+
+
+def sample(settings, stage, trained: dict, held_out: str, output: Path) -> dict:
+    """Write the PNGs and grids aside, move them into place, and return the record."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts, grids = choose_prompts(settings, stage, held_out)
+    pipe = sampling.load_pipeline(trained["pipeline"], device)
+    options = {"guidance_scale": settings.guidance_scale, "steps": settings.num_inference_steps, "seed": settings.seed}
+    resolution = stage.dataset.params.resolution
+    folder, aside = output.with_suffix(""), output.with_name(f".{output.stem}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+    images = sampling.generate(pipe, prompts, resolution, batch_size=settings.batch_size, **options)
+    label = f"sample {trained['images']:,} images seen, {resolution} px"
+    for i, image in enumerate(tqdm(images, total=len(prompts), unit="img", desc=label, mininterval=5)):
+        image.save(aside / f"{i:05d}.png")
+    for number, entry in enumerate(grids):
+        images = list(sampling.generate(pipe, entry["prompts"], resolution, batch_size=settings.batch_size, **options))
+        entry.update(image=str(folder / f"grid{number}.png"), columns=8)
+        sampling.grid(images, entry["columns"]).save(aside / f"grid{number}.png")
+    checkpoint.replace_folder(aside, folder)
+    return {
+        "images": len(prompts),
+        "folder": str(folder),
+        "resolution": resolution,
+        **{"guidance_scale": settings.guidance_scale, "num_inference_steps": settings.num_inference_steps},
+        "seed": settings.seed,
+        "fingerprint": config.fingerprint(trained["fingerprint"], settings),
+        "grids": grids,
+        "prompts": prompts,
+    }
+
+
+def main(argv: list[str]) -> None:
+    settings, own = config.command_line(
+        argv, config.EvaluationConfig, __doc__, stage=None, trained=None, held_out=None, output=None
+    )
+    try:
+        stage = config.require(config.load(config.StageConfig, own["stage"]), own["stage"])
+        record = sample(settings, stage, config.read_json(own["trained"]), own["held_out"], Path(own["output"]))
+    except (config.ConfigError, shards.ShardError, loader.DataError, models.ModelError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    config.write_json(own["output"], record)
+    print(f"{own['output']}: {record['images']} images, grids {', '.join(g['image'] for g in record['grids'])}")
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,1 @@
+"""Train Stable Diffusion from scratch: the library under the workflow's scripts."""

@@ -1,0 +1,631 @@
+"""Typed configuration: defaults <- YAML <- dot-list; frozen slices and fingerprints of it.
+
+The Snakefile and the commands share this loader, so it imports OmegaConf only: planning needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import typing
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the remedy."""
+
+
+# ---------------------------------------------------------------- a training stage (the seed's sections)
+@dataclass
+class WandbConfig:
+    api_key: Optional[str] = None  # never written to a file; prefer WANDB_API_KEY or `wandb login`
+    entity: Optional[str] = None
+    mode: Optional[str] = None  # online, offline, disabled; by default online where a key is known
+
+
+@dataclass
+class SystemConfig:
+    gradient_accumulation: int = 1
+    batch_size: int = 32  # images per process and micro-batch
+    workers: int = 6  # loader processes per rank
+    threads: Optional[int] = None  # torch threads per process; by default torch's own choice
+    dist_backend: Optional[str] = "${distributed.dist_backend}"
+    dist_url: str = "${distributed.dist_url}"
+
+
+@dataclass
+class DistributedConfig:
+    dist_backend: Optional[str] = None  # by default nccl where CUDA is, else gloo
+    dist_url: str = "env://"
+    timeout_minutes: float = 30.0
+
+
+@dataclass
+class ExperimentConfig:
+    log_dir: str = MISSING
+    project: str = MISSING
+    name: str = MISSING
+    num_examples_to_see: int = MISSING
+    milestones: list[int] = field(default_factory=list)  # images seen at which a pipeline is exported
+    stop_at: Optional[int] = None  # end this job at that milestone; the schedule still spans the whole stage
+    save_every: int = 2000  # optimizer steps between rolling checkpoints
+    save_only_most_recent: bool = True
+    requeue: bool = True
+    eval_caption_file: Optional[str] = None
+    num_eval_images: int = 8
+    log_every: int = 10  # optimizer steps between log lines
+    seed: int = 0
+
+
+@dataclass
+class OptimizerParams:
+    learning_rate: float = 1.0e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    epsilon: float = 1.0e-8
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    params: OptimizerParams = field(default_factory=OptimizerParams)
+    max_grad_norm: Optional[float] = 1.0
+
+
+@dataclass
+class PartConfig:
+    """One part of the model: the folder or hub address of a pretrained one, or a class and its arguments."""
+
+    pretrained: Optional[str] = None
+    target: Optional[str] = None
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EmaConfig:
+    path: Optional[str] = None  # a pretrained moving average to start from (a UNet folder)
+    decay: float = 0.9999
+
+
+@dataclass
+class ModelConfig:
+    pretrained: Optional[str] = None  # a whole pipeline to fine-tune; parts named below replace its parts
+    vae: PartConfig = field(default_factory=PartConfig)
+    text_encoder: PartConfig = field(default_factory=PartConfig)
+    tokenizer: PartConfig = field(default_factory=PartConfig)
+    scheduler: PartConfig = field(default_factory=PartConfig)
+    unet: PartConfig = field(default_factory=PartConfig)
+    use_ema: bool = False
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    mixed_precision: Optional[str] = None  # bf16, or none
+    gradient_checkpointing: bool = False
+    xformers: bool = False
+
+
+@dataclass
+class ObjectiveConfig:
+    timesteps: str = "uniform"  # or stratified: one timestep from each equal slice of the schedule
+    snr_gamma: Optional[float] = None  # min-SNR-gamma loss weights
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+
+
+@dataclass
+class DatasetParams:
+    path: str = MISSING  # a manifest.json, or shards in brace notation
+    batch_size: int = "${system.batch_size}"  # type: ignore[assignment]
+    workers: int = "${system.workers}"  # type: ignore[assignment]
+    num_examples_to_see: int = "${experiment.num_examples_to_see}"  # type: ignore[assignment]
+    resolution: int = 512  # pixels a side
+    crop: str = "center"  # or random
+    flip: bool = False  # mirror half of the images
+    filters: Optional[dict[str, Any]] = None  # metadata predicates, the seed's notation
+    idx_to_prompt: Optional[str] = None  # JSON: class index -> prompt
+
+
+@dataclass
+class DatasetConfig:
+    type: str = "WebDataset"  # WebDataset, ClassificationWebDataset, LatentDataset
+    params: DatasetParams = field(default_factory=DatasetParams)
+
+
+@dataclass
+class LRParams:
+    learning_rate: float = "${optimizer.params.learning_rate}"  # type: ignore[assignment]
+    warmup_length: int = 500  # optimizer steps
+    decay_from: float = 0.0  # share of the stage after which the cosine falls
+    final: float = 0.0  # share of the learning rate left at the end of the cosine
+
+
+@dataclass
+class LRConfig:
+    scheduler: str = "ConstantWithWarmup"  # or CosineWithWarmup
+    params: LRParams = field(default_factory=LRParams)
+
+
+@dataclass
+class StageConfig:
+    """What one training needs and nothing else: the file that `train.py config=…` reads."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    lr_scheduler: LRConfig = field(default_factory=LRConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    init: Optional[str] = None  # a stage of the same run, or the folder of a finished pipeline, to start from
+    frozen: Optional[str] = None  # the workflow's mark: the fingerprint of this file as it was planned
+
+
+# ---------------------------------------------------------------- a run: stages and their evaluation
+@dataclass
+class EvaluationConfig:
+    prompts: Optional[str] = None  # text file of prompts for the metrics, one a line; by default the dataset's own captions
+    num_images: int = 1000
+    batch_size: int = 16
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+    seed: int = 0
+    grid: list[str] = field(default_factory=list)  # prompts of the report's grid; by default the first of the dataset's captions
+    held_out_grid: int = 16  # held-out captions in the report's second grid
+    features: str = "inception"  # image network of the Frechet distance: a component
+    alignment: Optional[str] = None  # clip-score model: a component; or "fitted", a linear map of the features
+
+
+@dataclass
+class RunConfig(StageConfig):
+    """`configs/{run}.yaml`: the seed's sections for every stage, what differs in each, and the evaluation."""
+
+    data: Optional[str] = None  # configs/data/{data}.yaml
+    stages: dict[str, Any] = MISSING
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# ---------------------------------------------------------------- data
+@dataclass
+class PackageConfig:
+    name: str = MISSING
+    version: str = MISSING
+    sha256: str = MISSING
+
+
+@dataclass
+class TableConfig:
+    kind: str = "files"  # files: tables on disk or by URL; hub: a dataset repository; emoji: two npm packages
+    path: Optional[str] = None  # files: a parquet, CSV, TSV or JSONL file, a folder or a glob
+    sha256: Optional[str] = None  # files: of a single file
+    repo: Optional[str] = None  # hub: owner/name
+    revision: Optional[str] = None  # hub: a commit
+    patterns: list[str] = field(default_factory=lambda: ["*.parquet"])
+    columns: dict[str, str] = field(default_factory=dict)  # our name: theirs (url and caption are needed)
+    images: Optional[PackageConfig] = None  # emoji
+    captions: Optional[PackageConfig] = None  # emoji
+
+
+@dataclass
+class HeldOutConfig:
+    column: str = "url"  # rows that share its value stay on one side
+    fraction: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class SelectConfig:
+    filters: dict[str, Any] = field(default_factory=dict)  # column -> predicate, or list of predicates
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+
+
+@dataclass
+class ShardsConfig:
+    path: Optional[str] = None  # shards that exist already: brace notation; nothing is downloaded then
+    image_size: int = 512
+    resize_mode: str = "keep_ratio"
+    samples_per_shard: int = 10000
+    encode_quality: int = 95
+    processes: int = 2
+    threads: int = 32
+    timeout: int = 10  # seconds
+    retries: int = 1
+    columns: list[str] = field(default_factory=list)  # columns of the table kept in each sample's JSON
+    min_success_rate: float = 0.5
+
+
+@dataclass
+class LatentsConfig:
+    batch_size: int = 16
+    crop: str = "center"
+
+
+@dataclass
+class DataConfig:
+    """`configs/data/{dataset}.yaml`."""
+
+    table: TableConfig = field(default_factory=TableConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+
+
+# ---------------------------------------------------------------- components
+@dataclass
+class AutoencoderLoss:
+    l1: float = 1.0
+    l2: float = 2.0
+    low_pass: float = 1.0  # L1 of the image averaged over 4x4 blocks
+    gradient: float = 1.0  # L1 of horizontal and vertical differences
+    chroma: float = 1.0  # L1 of R-G and B-G
+    kl: float = 1.0e-4
+
+
+@dataclass
+class AutoencoderConfig:
+    """How `train_autoencoder` makes a component."""
+
+    data: str = MISSING
+    resolution: int = 64
+    num_examples_to_see: int = MISSING
+    batch_size: int = 16
+    learning_rate: float = 2.0e-3
+    warmup_length: int = 100
+    ema_decay: float = 0.999
+    save_every: int = 500  # steps
+    log_every: int = 50
+    threads: Optional[int] = None
+    seed: int = 0
+    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
+    params: dict[str, Any] = field(default_factory=dict)  # of diffusers' AutoencoderKL
+
+
+@dataclass
+class ComponentConfig:
+    """`configs/components.yaml`, one entry a component."""
+
+    source: str = MISSING  # package, folder, url, hub or train
+    requirement: Optional[str] = None  # package: name==version
+    path: Optional[str] = None  # package: folder or file inside it; folder: the folder; hub: a subfolder
+    url: Optional[str] = None
+    sha256: Optional[str] = None  # of a url's file
+    repo: Optional[str] = None  # hub: owner/name
+    revision: Optional[str] = None  # hub: a commit, 40 hex digits
+    patterns: list[str] = field(default_factory=list)  # files to take; by default all
+    settings: dict[str, Any] = field(default_factory=dict)  # file -> keys to set in that JSON file of the copy
+    train: Optional[AutoencoderConfig] = None
+
+
+# ---------------------------------------------------------------- loading
+CONFIGS = Path("configs")
+MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet")
+DATA_STEPS = {"fetch_table": "table", "select_samples": "select", "build_shards": "shards", "precompute_latents": "latents"}
+DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", "LatentDataset")
+CHOICES = {
+    "wandb.mode": ("online", "offline", "disabled"),
+    "model.mixed_precision": ("bf16",),
+    "objective.timesteps": ("uniform", "stratified"),
+    "dataset.type": DATASET_TYPES,
+    "dataset.params.crop": ("center", "random"),
+    "latents.crop": ("center", "random"),
+    "lr_scheduler.scheduler": ("ConstantWithWarmup", "CosineWithWarmup"),
+    "optimizer.name": ("adamw",),
+    "table.kind": ("files", "hub", "emoji"),
+    "source": ("package", "folder", "url", "hub", "train"),
+}
+
+
+def load(schema: type, path: str | Path | None = None, overrides: list[str] = (), values: Any = None) -> DictConfig:
+    """Merge the defaults of `schema`, the YAML at `path` (or `values`) and dot-list `overrides`; check every key.
+
+    Returns a DictConfig that may still hold `???`: `require` says which. Raises ConfigError for an unknown key,
+    a wrong type or value, naming the source and the nearest valid key.
+    """
+    where = str(path) if path else "configuration"
+    try:
+        if path is not None:
+            values = OmegaConf.load(path)
+        values = OmegaConf.create({} if values is None else values)
+        dotlist = OmegaConf.from_dotlist([str(o) for o in overrides])
+    except FileNotFoundError:
+        near = difflib.get_close_matches(Path(path).stem, [p.stem for p in Path(path).parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {Path(path).parent / (near[0] + '.yaml')}?" if near else ""
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except Exception as error:  # the YAML parser's own errors carry line and column
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{where}: a mapping of keys is expected at the top level")
+    config = OmegaConf.structured(schema)
+    for source, layer in ((where, values), ("command line", dotlist)):
+        _check_keys(schema, OmegaConf.to_container(layer), source)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "?"
+            raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+    _check_choices(config, where)
+    return config
+
+
+def require(config: DictConfig, where: str) -> DictConfig:
+    """The same config, or a ConfigError that lists every `???` left open and every broken interpolation."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        example = " ".join(f"{key}=…" for key in missing)
+        raise ConfigError(f"{where}: required and still ???: {', '.join(missing)}. Set them in the file or as {example}")
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def load_run(run: str, overrides: list[str] = ()) -> DictConfig:
+    """`configs/{run}.yaml` with its overrides; every stage is checked too."""
+    path = CONFIGS / f"{run}.yaml"
+    config = load(RunConfig, path, overrides)
+    if OmegaConf.is_missing(config, "stages") or not config.stages:
+        raise ConfigError(f"{path}: stages: at least one stage is needed, such as stages: {{stage1: {{}}}}")
+    for stage in config.stages:
+        load_stage(run, stage, overrides)
+    return config
+
+
+def load_data(dataset: str) -> DictConfig:
+    """`configs/data/{dataset}.yaml`."""
+    path = CONFIGS / "data" / f"{dataset}.yaml"
+    return require(load(DataConfig, path), str(path))
+
+
+def load_components() -> dict[str, DictConfig]:
+    """`configs/components.yaml`, each entry typed."""
+    path = CONFIGS / "components.yaml"
+    entries = OmegaConf.to_container(OmegaConf.load(path))
+    return {name: _load_component(path, name, entry) for name, entry in entries.items()}
+
+
+def load_component(name: str) -> DictConfig:
+    """One entry of `configs/components.yaml`."""
+    entries = load_components()
+    if name not in entries:
+        raise ConfigError(f"{CONFIGS / 'components.yaml'}: no component {name!r}{_nearest(name, list(entries))}")
+    return entries[name]
+
+
+def component_record(folder: str) -> str:
+    """The record beside a component's folder, for any path inside it: resources/components/{name}.json."""
+    return "/".join(Path(folder).parts[:3]) + ".json"
+
+
+def _load_component(path: Path, name: str, entry: Any) -> DictConfig:
+    try:
+        return require(load(ComponentConfig, values=entry), f"{path}: {name}")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {name}: {error}") from None
+
+
+def load_stage(run: str, stage: str, overrides: list[str] = ()) -> DictConfig:
+    """The whole configuration of one training stage: the run's sections, the stage's own keys over them.
+
+    Paths that the workflow decides (log folder, project, name, dataset path, initial weights) are filled in
+    where the file leaves them open.
+    """
+    path = CONFIGS / f"{run}.yaml"
+    run_config = load(RunConfig, path, overrides)
+    if stage not in run_config.stages:
+        raise ConfigError(f"{path}: stages: no stage {stage!r}{_nearest(stage, list(run_config.stages))}")
+    sections = [f.name for f in dataclasses.fields(StageConfig)]
+    shared = OmegaConf.to_container(run_config)
+    own = shared["stages"][stage] or {}
+    _check_keys(StageConfig, own, f"{path}: stages.{stage}")
+    values = OmegaConf.merge({k: shared[k] for k in sections}, own)
+    config = load(StageConfig, values=values)
+    facts = {
+        "experiment.log_dir": "results/runs",
+        "experiment.project": run,
+        "experiment.name": stage,
+        "dataset.params.path": _dataset_path(run_config, config),
+    }
+    _set_milestones(config.experiment, f"{path}: stages.{stage}")
+    for key, value in facts.items():
+        if value is not None and OmegaConf.select(config, key, throw_on_missing=False) is None:
+            OmegaConf.update(config, key, value)
+    if config.init in run_config.stages:
+        first = load_stage(run, config.init, overrides) if config.init != stage else config
+        config.init = f"results/runs/{run}/{config.init}/{first.experiment.milestones[-1]}/pipeline"
+    elif config.init and "/" not in config.init:
+        known = [name for name in run_config.stages if name != stage]
+        raise ConfigError(f"{path}: stages.{stage}.init: no stage {config.init!r}{_nearest(config.init, known)}")
+    return require(config, f"{path}: stages.{stage}")
+
+
+def _set_milestones(experiment: DictConfig, where: str) -> None:
+    """Sort the milestones and end them with the whole stage."""
+    if OmegaConf.is_missing(experiment, "num_examples_to_see"):
+        return
+    end = experiment.num_examples_to_see
+    if any(not 0 <= m <= end for m in experiment.milestones):
+        raise ConfigError(f"{where}: experiment.milestones: each must lie between 0 and num_examples_to_see={end}")
+    experiment.milestones = sorted({*experiment.milestones, end})
+
+
+def freeze_stage(config: DictConfig) -> DictConfig:
+    """A stage's configuration as a file may hold it: without the secret, with the fingerprint that it was planned with."""
+    return OmegaConf.merge(config, {"frozen": stage_fingerprint(config), "wandb": {"api_key": None}})
+
+
+def _dataset_path(run: DictConfig, stage: DictConfig) -> str | None:
+    """The manifest that the workflow will have made for this stage."""
+    if run.data is None:
+        return None
+    if stage.dataset.type != "LatentDataset":
+        return f"results/data/{run.data}/train/shards/manifest.json"
+    vae = Path(stage.model.vae.pretrained or stage.model.pretrained or "vae").name
+    return f"results/data/{run.data}/train/latents/{vae}-{stage.dataset.params.resolution}px/manifest.json"
+
+
+# ---------------------------------------------------------------- slices and fingerprints
+def canonical(value: Any) -> str:
+    """One JSON text for equal values, whatever the order of their keys."""
+    if isinstance(value, DictConfig):
+        value = OmegaConf.to_container(value, resolve=True)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def fingerprint(*values: Any) -> str:
+    """16 hex digits of the sha256 of the values' canonical JSON."""
+    return hashlib.sha256("\n".join(canonical(v) for v in values).encode()).hexdigest()[:16]
+
+
+VOLATILE = ["wandb", "distributed", "frozen", "system.workers", "system.threads", "system.dist_backend", "system.dist_url"]
+VOLATILE += [f"experiment.{k}" for k in ("log_dir", "project", "name", "milestones", "stop_at", "save_every", "log_every")]
+VOLATILE += [f"experiment.{k}" for k in ("save_only_most_recent", "requeue", "eval_caption_file", "num_eval_images")]
+VOLATILE += ["dataset.params.path", "dataset.params.workers", "dataset.params.num_examples_to_see", "init"]
+
+
+def stage_fingerprint(config: DictConfig) -> str:
+    """Fingerprint of the keys of a stage that decide its weights.
+
+    Where to log, how often to save and how many loader processes run do not; data and initial weights count by their
+    own records, not by their paths.
+    """
+    values = OmegaConf.to_container(config, resolve=True)
+    for key in VOLATILE:
+        *path, leaf = key.split(".")
+        section = values
+        for name in path:
+            section = section[name]
+        section.pop(leaf, None)
+    return fingerprint(values)
+
+
+def record_fingerprint(path: str | Path) -> str | None:
+    """The fingerprint that a result's JSON record carries, or None without one."""
+    try:
+        return json.loads(Path(path).read_text()).get("fingerprint")
+    except (OSError, ValueError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    names = ("torch", "diffusers", "transformers", "numpy", "pillow", "snakemake", "webdataset", "wandb")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def code_digest() -> str:
+    """16 hex digits over the source of the library and the scripts: recorded in results, never a trigger."""
+    root = Path(__file__).resolve().parent.parent
+    files = sorted([*root.glob("sdtrain/*.py"), *root.glob("scripts/*.py")])
+    return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()[:16]
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file's content. Raises ConfigError naming the file where it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error}); make it again: snakemake --force {path}") from None
+
+
+def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
+    """The `dataset` section of a stage, turned to the held-out images at `path`: same filters and resolution."""
+    kind = "WebDataset" if dataset.type == "LatentDataset" else dataset.type
+    return OmegaConf.merge(dataset, {"type": kind, "params": {"path": path, "flip": False}})
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all (beside itself, then renamed)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def command_line(argv: list[str], schema: type | None, about: str, **defaults: str) -> tuple[DictConfig, dict[str, str]]:
+    """Read `key=value` arguments: `config=FILE`, dot-list overrides of it, and the command's own keys.
+
+    `defaults` are the command's own keys (None: required). Returns the config (None without a schema) and those keys.
+    `--help` or a wrong key prints usage and ends.
+    """
+    usage = f"usage: {Path(argv[0]).name} " + " ".join(f"{k}=…" if v is None else f"[{k}={v}]" for k, v in defaults.items())
+    if schema is not None:
+        usage += " config=FILE.yaml [section.key=value …]"
+    if any(a in ("-h", "--help") for a in argv[1:]):
+        print(f"{about}\n\n{usage}")
+        raise SystemExit(0)
+    own, rest = dict(defaults), []
+    for argument in argv[1:]:
+        key, eq, value = argument.partition("=")
+        if not eq:
+            raise SystemExit(f"error: {argument!r} is not key=value\n{usage}")
+        if key in own or (key == "config" and schema is not None):
+            own[key] = value
+        elif schema is not None:
+            rest.append(argument)
+        else:
+            raise SystemExit(f"error: unknown key {key!r}{_nearest(key, list(defaults))}\n{usage}")
+    absent = [k for k, v in own.items() if v is None] + (["config"] if schema is not None and "config" not in own else [])
+    if absent:
+        raise SystemExit(f"error: missing {', '.join(f'{k}=…' for k in absent)}\n{usage}")
+    if schema is None:
+        return None, own
+    try:
+        return require(load(schema, own["config"], rest), own["config"]), own
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+# ---------------------------------------------------------------- checks
+def _schema_of(hint: Any) -> type | None:
+    """The dataclass behind a type hint (through Optional), or None."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _check_keys(schema: type, values: Any, source: str, prefix: str = "") -> None:
+    """Refuse keys that the schema does not have, and name the nearest one."""
+    if not isinstance(values, dict):
+        return
+    hints = typing.get_type_hints(schema)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"{source}: unknown key {prefix}{key}{_nearest(str(key), list(hints), prefix)}")
+        inner = _schema_of(hints[key])
+        if inner is not None:
+            _check_keys(inner, value, source, f"{prefix}{key}.")
+
+
+def _check_choices(config: DictConfig, where: str) -> None:
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key, throw_on_missing=False)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{where}: {key}: {value!r} is not one of {', '.join(allowed)}{_nearest(str(value), list(allowed))}")
+
+
+def _nearest(word: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(re.sub(r"-", "_", word), known, 1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(map(str, known))}"

@@ -1,0 +1,48 @@
+"""Prompts -> images by StableDiffusionPipeline, one seed a prompt; grids of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image
+
+
+def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> diffusers.StableDiffusionPipeline:
+    """A pipeline folder, from disk alone, without its own progress bar."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def generate(
+    pipe, prompts: list[str], resolution: int, *, guidance_scale: float, steps: int, seed: int, batch_size: int
+) -> Iterator[Image.Image]:
+    """One RGB image of `resolution` pixels a side for each prompt, by classifier-free guidance (Ho & Salimans 2022,
+
+    arXiv 2207.12598). Image i starts from the noise of seed `seed + i`, whatever the batch size.
+    """
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(chunk))]
+        yield from pipe(
+            chunk,
+            height=resolution,
+            width=resolution,
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+            generator=generators,
+        ).images
+
+
+def grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """The images side by side on white, row by row, nearly square by default."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet

@@ -6,6 +6,7 @@ min_version("9.27")
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/freeze.smk"
 include: "workflow/rules/components.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"

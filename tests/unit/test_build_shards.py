@@ -202,13 +202,26 @@ def test_a_killed_build_goes_on_where_it_was(work, server):
 def test_a_terminated_build_ends_its_img2dataset(work, server):
     work.select(12)
     server.slow = 5
-    process = work.start(threads=1)
+    process = work.start(threads=1, environment={"BUILD": work.folder.name})
     wait(lambda: server.asked)
-    assert not free(work)
+    assert not free(work) and len(alive(work)) > 2
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode and not work.output.exists()
     assert free(work)
+    wait(lambda: not alive(work), 10)
+
+
+def alive(work) -> list[str]:
+    """The processes of a build that carries its folder's name in its environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"BUILD={work.folder.name}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(process.name)
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return found
 
 
 def free(work) -> bool:

@@ -66,7 +66,12 @@ def fetch(tmp_path):
         output = tmp_path / "data" / "table.parquet"
         command = [sys.executable, SCRIPT, f"config={tmp_path}/table.yaml", f"output={output}"]
         offline = {"npm_config_registry": NOWHERE, "npm_config_cache": str(tmp_path / "npm"), "HF_ENDPOINT": NOWHERE}
-        quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT / "workflow")}
+        quiet = {
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hub"),
+            "PYTHONPATH": str(ROOT / "workflow"),
+        }
         env = os.environ | offline | quiet | environment
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
         said = done.stdout + done.stderr

@@ -1,6 +1,5 @@
-# The bridge to sdtrain.config: what rules ask of the configuration. One rule only, which freezes slices of it.
+# The bridge to sdtrain.config: what rules ask of the configuration. No rules here.
 import functools
-import os
 import sys
 from pathlib import Path
 
@@ -9,8 +8,9 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [LIBRARY, os.environ.get("PYTHONPATH")]))
 from sdtrain import config as settings
+
+shell.prefix(f"export PYTHONPATH={LIBRARY}:$PYTHONPATH; ")
 
 RUN = str(config.get("run", "demo"))
 OVERRIDES = config.get("set", [])
@@ -38,8 +38,7 @@ load_components = planned(settings.load_components)
 load_component = planned(settings.load_component)
 
 TRAINED = [name for name, entry in load_components().items() if entry.source == "train"]
-if load_run(RUN).wandb.api_key:  # jobs get it by their environment, never by a file
-    os.environ["WANDB_API_KEY"] = load_run(RUN).wandb.api_key
+settings.pass_on_key(load_run(RUN))
 
 
 wildcard_constraints:
@@ -75,6 +74,21 @@ def components_of(model):
     return sorted({settings.component_record(s) for s in sources if s and s.startswith("resources/components/")})
 
 
+def check(run):
+    """Read whatever a run names, so that a mistake ends planning with its own message."""
+    evaluation = load_run(run).evaluation
+    named = {evaluation.features, evaluation.alignment} - {None, "fitted"}
+    for stage in load_run(run).stages:
+        named |= {Path(record).stem for record in components_of(load_stage(run, stage).model)}
+    for name in sorted(named):
+        load_component(name)
+    if load_run(run).data:
+        load_data(load_run(run).data)
+
+
+check(RUN)
+
+
 def milestones(run, stage):
     return list(load_stage(run, stage).experiment.milestones)
 
@@ -98,12 +112,65 @@ def made_here(path):
     return path if path.startswith("results/") else []
 
 
-rule freeze:
-    output:
-        "{where}/config/{step}.yaml",
-    log:
-        "logs/{where}/config/{step}.log",
-    params:
-        text=slice_of,
-    run:
-        settings.write_text(output[0], params.text)
+# ---- components and data
+def folder_files(wildcards):
+    """The files of a component that is a local folder: an edit of one copies it again."""
+    entry = load_component(wildcards.component)
+    found = Path(entry.path).rglob("*") if entry.source == "folder" else []
+    return sorted(str(f) for f in found if f.is_file())
+
+
+def selection_of(dataset, split):
+    """The rows to download; shards that exist already need none."""
+    return [] if load_data(dataset).shards.path else f"results/data/{dataset}/{split}/selected.parquet"
+
+
+# ---- evaluation
+def held_out(wildcards):
+    return f"results/data/{load_run(wildcards.run).data}/held_out/shards/manifest.json"
+
+
+def images_of(wildcards):
+    return f"results/data/{load_run(wildcards.run).data}/train/shards/manifest.json"
+
+
+def feature_network(wildcards):
+    return f"resources/components/{load_run(wildcards.run).evaluation.features}"
+
+
+def score_model(wildcards):
+    """The model of the clip-score: a CLIP component, or a map fitted on the dataset's own features."""
+    run = load_run(wildcards.run)
+    if run.evaluation.alignment != "fitted":
+        return f"resources/components/{run.evaluation.alignment}"
+    return f"results/data/{run.data}/alignment/{run.evaluation.features}-{score_text(wildcards)}.safetensors"
+
+
+def score_text(wildcards):
+    """The component that embeds captions for a fitted map: the run's own text encoder."""
+    return Path(load_run(wildcards.run).model.text_encoder.pretrained or "none").name
+
+
+def score_record(wildcards):
+    """What the clip-score's model is known by: a component's record, or the fitted map itself."""
+    model = score_model(wildcards)
+    return model if model.endswith(".safetensors") else f"{model}.json"
+
+
+def rows(wildcards):
+    """Every stage and milestone of a run, in order."""
+    return [f"{stage}/{m}" for stage in load_run(wildcards.run).stages for m in milestones(wildcards.run, stage)]
+
+
+def measured(wildcards):
+    """Everything that the report shows."""
+    records = ["train", "samples", "frechet_distance"] + ["clip_score"] * bool(
+        load_run(wildcards.run).evaluation.alignment
+    )
+    return [f"results/runs/{wildcards.run}/{row}/{record}.json" for row in rows(wildcards) for record in records]
+
+
+def yields(wildcards):
+    """The yield table, where the dataset was selected from a table."""
+    data = load_run(wildcards.run).data
+    return [] if load_data(data).shards.path else f"results/data/{data}/yields.json"

@@ -1,13 +1,6 @@
 # Parts that runs share: fetched once, or trained here.
 
 
-def folder_files(wildcards):
-    """The files of a component that is a local folder: an edit of one copies it again."""
-    entry = load_component(wildcards.component)
-    found = Path(entry.path).rglob("*") if entry.source == "folder" else []
-    return sorted(str(f) for f in found if f.is_file())
-
-
 rule download_component:
     input:
         folder_files,
@@ -43,9 +36,9 @@ rule train_autoencoder:
         "logs/components/{component}.tsv"
     wildcard_constraints:
         component="|".join(TRAINED),
-    threads: 2
     conda:
         "../../envs/train.yaml"
+    threads: 2
     shell:
         "python workflow/scripts/train_autoencoder.py"
         " config={input.config}"

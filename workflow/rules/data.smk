@@ -13,10 +13,7 @@ rule fetch_table:
     conda:
         "../../envs/data.yaml"
     shell:
-        "python workflow/scripts/fetch_table.py"
-        " config={input.config}"
-        " output={output}"
-        " 2>&1 | tee {log}"
+        "python workflow/scripts/fetch_table.py" " config={input.config}" " output={output}" " 2>&1 | tee {log}"
 
 
 rule select_samples:
@@ -53,9 +50,9 @@ rule build_shards:
         "logs/data/{dataset}/{split}/shards/build_shards.log",
     benchmark:
         "logs/data/{dataset}/{split}/shards/build_shards.tsv"
-    threads: lambda w: load_data(w.dataset).shards.processes
     conda:
         "../../envs/data.yaml"
+    threads: lambda w: load_data(w.dataset).shards.processes
     shell:
         "python workflow/scripts/build_shards.py"
         " config={input.config}"
@@ -63,11 +60,6 @@ rule build_shards:
         " selection={input.selection}"
         " output={output}"
         " 2>&1 | tee {log}"
-
-
-def selection_of(dataset, split):
-    """The rows to download; shards that exist already need none."""
-    return [] if load_data(dataset).shards.path else f"results/data/{dataset}/{split}/selected.parquet"
 
 
 rule precompute_latents:

@@ -2,31 +2,6 @@
 RESULT = "results/runs/{run}/{stage}/{images}"
 
 
-def held_out(wildcards):
-    return f"results/data/{load_run(wildcards.run).data}/held_out/shards/manifest.json"
-
-
-def training_images(wildcards):
-    return f"results/data/{load_run(wildcards.run).data}/train/shards/manifest.json"
-
-
-def features(wildcards):
-    return f"resources/components/{load_run(wildcards.run).evaluation.features}"
-
-
-def text_encoder(wildcards):
-    return load_stage(wildcards.run, wildcards.stage).model.text_encoder.pretrained
-
-
-def alignment(wildcards):
-    """The model of the clip-score: a CLIP component, or the map fitted on the dataset's own features."""
-    run = load_run(wildcards.run)
-    if run.evaluation.alignment != "fitted":
-        return f"resources/components/{run.evaluation.alignment}"
-    text = Path(text_encoder(wildcards)).name
-    return f"results/data/{run.data}/alignment/{run.evaluation.features}-{text}.safetensors"
-
-
 rule sample:
     input:
         config="results/runs/{run}/config/evaluate.yaml",
@@ -48,4 +23,140 @@ rule sample:
         " trained={input.trained}"
         " held_out={input.held_out}"
         " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule reference_features:
+    input:
+        lambda w: f"{feature_network(w)}.json",
+        config="results/runs/{run}/config/evaluate.yaml",
+        stage="results/runs/{run}/{stage}/config/train.yaml",
+        train=images_of,
+        held_out=held_out,
+    output:
+        "results/runs/{run}/{stage}/reference.safetensors",
+    log:
+        "logs/runs/{run}/{stage}/reference_features.log",
+    benchmark:
+        "logs/runs/{run}/{stage}/reference_features.tsv"
+    conda:
+        "../../envs/train.yaml"
+    params:
+        features=feature_network,
+        resolution=lambda w: load_stage(w.run, w.stage).dataset.params.resolution,
+    shell:
+        "python workflow/scripts/reference_features.py"
+        " config={input.config}"
+        " train_manifest={input.train}"
+        " held_out_manifest={input.held_out}"
+        " resolution={params.resolution}"
+        " features={params.features}"
+        " filters_from={input.stage}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule frechet_distance:
+    input:
+        samples=f"{RESULT}/samples.json",
+        reference="results/runs/{run}/{stage}/reference.safetensors",
+    output:
+        f"{RESULT}/frechet_distance.json",
+    log:
+        "logs/runs/{run}/{stage}/{images}/frechet_distance.log",
+    benchmark:
+        "logs/runs/{run}/{stage}/{images}/frechet_distance.tsv"
+    conda:
+        "../../envs/train.yaml"
+    params:
+        features=feature_network,
+    shell:
+        "python workflow/scripts/frechet_distance.py"
+        " samples={input.samples}"
+        " reference={input.reference}"
+        " features={params.features}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule fit_alignment:
+    input:
+        "resources/components/{features}.json",
+        "resources/components/{text}.json",
+        train="results/data/{dataset}/train/shards/manifest.json",
+        held_out="results/data/{dataset}/held_out/shards/manifest.json",
+    output:
+        "results/data/{dataset}/alignment/{features}-{text}.safetensors",
+    log:
+        "logs/data/{dataset}/alignment/{features}-{text}.log",
+    benchmark:
+        "logs/data/{dataset}/alignment/{features}-{text}.tsv"
+    wildcard_constraints:
+        features="|".join(load_components()),
+        text="|".join(load_components()),
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "python workflow/scripts/fit_alignment.py"
+        " features=resources/components/{wildcards.features}"
+        " text=resources/components/{wildcards.text}"
+        " manifest={input.train}"
+        " held_out={input.held_out}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule clip_score:
+    input:
+        score_record,
+        config="results/runs/{run}/config/evaluate.yaml",
+        samples=f"{RESULT}/samples.json",
+    output:
+        f"{RESULT}/clip_score.json",
+    log:
+        "logs/runs/{run}/{stage}/{images}/clip_score.log",
+    benchmark:
+        "logs/runs/{run}/{stage}/{images}/clip_score.tsv"
+    conda:
+        "../../envs/train.yaml"
+    params:
+        model=score_model,
+        features=feature_network,
+        text=lambda w: f"resources/components/{score_text(w)}",
+    shell:
+        "python workflow/scripts/clip_score.py"
+        " config={input.config}"
+        " samples={input.samples}"
+        " model={params.model}"
+        " features={params.features}"
+        " text={params.text}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule report:
+    input:
+        measured,
+        yields,
+    output:
+        metrics="results/runs/{run}/metrics.json",
+        html="results/runs/{run}/report.html",
+        text="results/runs/{run}/metrics.txt",
+    log:
+        "logs/runs/{run}/report.log",
+    benchmark:
+        "logs/runs/{run}/report.tsv"
+    conda:
+        "../../envs/train.yaml"
+    params:
+        rows=lambda w: ",".join(rows(w)),
+        data=lambda w: f"results/data/{load_run(w.run).data}",
+    shell:
+        "python workflow/scripts/report.py"
+        " run={wildcards.run}"
+        " rows={params.rows}"
+        " data={params.data}"
+        " output={output.metrics}"
+        " html={output.html}"
+        " text={output.text}"
         " 2>&1 | tee {log}"

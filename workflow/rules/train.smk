@@ -13,11 +13,12 @@ rule train:
         "logs/runs/{run}/{stage}/{images}/train.log",
     benchmark:
         "logs/runs/{run}/{stage}/{images}/train.tsv"
+    priority: 10
+    conda:
+        "../../envs/train.yaml"
     threads: 2
     resources:
         launch="torchrun --standalone --nproc_per_node 1",
-    conda:
-        "../../envs/train.yaml"
     shell:
         "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"

@@ -29,6 +29,7 @@ RESERVED = (
     "key caption url width height original_width original_height status error_message exif md5 sha256 sha512".split()
 )
 INTERVAL = 1  # seconds between updates of the progress bar; ten times that in a log
+GRACE = 10  # seconds for img2dataset to end by itself
 REASONS = 20  # kinds of failure told apart in the manifest
 
 
@@ -41,19 +42,23 @@ def main(argv: list[str]) -> None:
     config, own = cf.command_line(argv, cf.ShardsConfig, __doc__, split="train", selection="", output=None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `download` ends its child
     try:
-        manifest = adopt(config, own["output"]) if config.path else build(config, own["selection"], own["output"])
+        manifest = adopt(config, own) if config.path else build(config, own["selection"], own["output"])
     except (cf.ConfigError, ShardError, BuildError) as error:
         raise SystemExit(f"error: {error}") from None
     size = f"{len(manifest['shards'])} shards, {manifest['samples']:,} samples, {manifest['bytes'] / 1e6:.1f} MB"
     print(f"{own['output']}: {size}, {sum(manifest['dropped'].values()):,} dropped")
 
 
-def adopt(config: DictConfig, output: str) -> dict:
-    """Write the manifest of shards that exist, where they are; `config.path` is in brace notation."""
+def adopt(config: DictConfig, own: dict[str, str]) -> dict:
+    """Write the manifest of shards that exist, where they are; their paths are in brace notation."""
     from webdataset.shardlists import expand_urls  # here, because it imports torch
 
-    shards = [Path(path) for path in expand_urls(config.path)]
-    return write_manifest(output, "images", shards, {}, {"path": config.path})
+    path = config.path if own["split"] == "train" else config.held_out_path
+    if not path:
+        raise BuildError(
+            "shards.held_out_path: name the shards that the metrics compare with, such as a validation set"
+        )
+    return write_manifest(own["output"], "images", [Path(p) for p in expand_urls(path)], {}, {"path": path})
 
 
 def build(config: DictConfig, selection: str, output: str) -> dict:
@@ -124,11 +129,20 @@ def download(config: DictConfig, selection: str, folder: Path, rows: int) -> Non
                     child.wait(INTERVAL if sys.stderr.isatty() else 10 * INTERVAL)
                 show_progress(bar, folder)
         finally:
-            child.terminate()
-            child.wait()
+            end(child)
     if child.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
         raise BuildError(f"img2dataset failed: {lines[-1].strip()}; all it said is in {log}")
+
+
+def end(child: subprocess.Popen) -> None:
+    """End img2dataset, if it still runs, as Ctrl-C does: only then does it end the processes it started."""
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def command(config: DictConfig, selection: str, folder: Path) -> list[str]:

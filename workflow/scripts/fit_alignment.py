@@ -37,7 +37,7 @@ def fit(own: dict[str, str]) -> None:
     held_out = embed(own["held_out"], "held-out images")
     alignment = features.LinearAlignment.fit(images, texts, network.name, Path(own["text"]).name)
     record = evaluation.caption_scores(alignment.score, *held_out, seed=0)
-    record |= {"images": len(held_out[0]), "retrieval": alignment.retrieval(*held_out[:2]), "fitted_on": len(images)}
+    record |= {"images": len(held_out[0]), "retrieval": alignment.retrieval(*held_out[:2]), "resolution": resolution}
     alignment.save(output)
     tensors, about = evaluation.load_tensors(output)
     evaluation.save_tensors(output, tensors, about | {"held_out": json.dumps(record), "code": cf.code_digest()})

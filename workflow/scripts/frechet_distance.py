@@ -47,7 +47,7 @@ def measure(own: dict[str, str]) -> dict:
         "resolution": samples["resolution"],
         "kernel": {
             "metric": kernel,
-            "value": features.kernel_distance(made, tensors["features"]),
+            "value": evaluation.kernel_distance(made, tensors["features"]),
             "floor": reference["kernel_floor"],
         },
         "code": cf.code_digest(),

@@ -1,6 +1,6 @@
 """Encode a manifest's images into latent shards, one for each shard of images, captions and metadata beside them.
 
-A killed job goes on with the shards that are missing. Latents are the posterior's mean, scaled, float16, as safetensors.
+A killed job goes on with the shards that are missing. Latents are the posterior's mean, scaled, in float16.
 """
 
 import sys
@@ -43,7 +43,11 @@ def encode_shard(source: str, folder: Path, vae, resolution: int, settings, devi
 def precompute(settings, vae_folder: str, resolution: int, images: str, output: Path) -> dict:
     """Encode every shard of the manifest `images` that is not there yet; write the manifest of latents last."""
     source = shards.read_manifest(images)
-    made_by = {"images": source["fingerprint"], "vae": config.record_fingerprint(f"{vae_folder}.json"), "crop": settings.crop}
+    made_by = {
+        "images": source["fingerprint"],
+        "vae": config.record_fingerprint(f"{vae_folder}.json"),
+        "crop": settings.crop,
+    }
     made_by["resolution"] = resolution
     folder = output.parent / config.fingerprint(made_by)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +69,9 @@ def describe(manifest: dict, folder: Path) -> str:
     samples = shards.index_tar(folder / manifest["shards"][0]["name"])[:256]
     values = torch.stack([load(s.read("latent"))["latents"].float() for s in samples])
     shape = "x".join(map(str, values.shape[1:]))
-    return f"{manifest['samples']:,} latents of {shape}, mean {values.mean():.3f}, standard deviation {values.std():.3f}"
+    return (
+        f"{manifest['samples']:,} latents of {shape}, mean {values.mean():.3f}, standard deviation {values.std():.3f}"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -74,8 +80,10 @@ def main(argv: list[str]) -> None:
     )
     output = Path(own["output"])
     try:
+        if not own["resolution"].isdigit():
+            raise config.ConfigError(f"resolution={own['resolution']}: a number of pixels is expected")
         manifest = precompute(settings, own["vae"], int(own["resolution"]), own["images"], output)
-    except (shards.ShardError, loader.DataError, models.ModelError) as error:
+    except (config.ConfigError, shards.ShardError, loader.DataError, models.ModelError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{output}: {describe(manifest, output.parent)}")
 

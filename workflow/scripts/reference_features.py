@@ -39,7 +39,7 @@ def measure(config, own: dict[str, str]) -> None:
         "resolution": resolution,
         "images": len(real),
         "floor": features.frechet_distance(*features.statistics(seen), mean, covariance),
-        "kernel_floor": features.kernel_distance(seen, real),
+        "kernel_floor": evaluation.kernel_distance(seen, real),
         "floor_images": len(seen),
         "dropped": {"held_out": held_out.dropped, "train": train.dropped},
         "code": cf.code_digest(),

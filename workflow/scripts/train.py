@@ -43,10 +43,10 @@ def build_unet(cfg, parts, device):
     """The UNet to train, its weights from `init` where a stage has one, and its moving average or None."""
     unet = parts.unet
     if cfg.init:
-        unet.load_state_dict(models.load_unet(cfg.init).state_dict())
+        models.load_weights(unet, cfg.init, "init")
     ema = Ema(unet, cfg.model.ema.decay) if cfg.model.use_ema else None
     if ema and cfg.model.ema.path:
-        ema.module.load_state_dict(models.load_unet(cfg.model.ema.path).to(device).state_dict())
+        models.load_weights(ema.module, cfg.model.ema.path, "model.ema.path")
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     models.set_attention(unet, cfg.model.xformers, device)
@@ -83,8 +83,9 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
     global_batch = cfg.system.batch_size * cfg.system.gradient_accumulation * here.size
     steps = math.ceil(e.num_examples_to_see / global_batch)
     milestone = e.num_examples_to_see if e.stop_at is None else e.stop_at
-    previous = max((m for m in e.milestones if m < milestone), default=0)
     last = math.ceil(milestone / global_batch)
+    ends = {m: math.ceil(m / global_batch) * global_batch for m in e.milestones}  # each with a whole batch
+    previous = max((end for m, end in ends.items() if m < milestone), default=0)
 
     # Folders: checkpoints are keyed by all that decides the weights
     folder = run_folder(cfg)
@@ -134,8 +135,9 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if here.size > 1 else unet
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.model.mixed_precision == "bf16")
     if here.main:
-        about = f"{folder}: {len(dataset):,} samples ({dataset.dropped or 'none'} dropped), {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M weights"
-        print(f"{about}, world size {here.size}, global batch {global_batch}, steps {first:,} to {last:,} of {steps:,}", flush=True)
+        about = f"{len(dataset):,} samples ({dataset.dropped or 'none'} dropped), {unet.num_parameters() / 1e6:.1f} M weights"
+        about += f", world size {here.size}, global batch {global_batch}, steps {first:,} to {last:,} of {steps:,}"
+        print(f"{folder}: {about}", flush=True)
     telemetry = Telemetry(
         folder / "log.jsonl" if here.main and last > first else None,
         total=last * global_batch,
@@ -159,8 +161,9 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
             final = micro + 1 == cfg.system.gradient_accumulation
             with autocast, contextlib.nullcontext() if final or here.size == 1 else model.no_sync():
                 with torch.no_grad():
-                    drop = torch.rand(len(batch["caption"]), generator=rng, device=device) < cfg.objective.caption_dropout
-                    text = encode_text(["" if d else c for c, d in zip(batch["caption"], drop.tolist(), strict=True)])
+                    captions = batch["caption"]
+                    drop = torch.rand(len(captions), generator=rng, device=device) < cfg.objective.caption_dropout
+                    text = encode_text(["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)])
                     if "latents" in batch:
                         clean = batch["latents"].to(device, non_blocking=True)
                     else:
@@ -178,7 +181,9 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
         # Optimizer step
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), cfg.optimizer.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise models.ModelError(f"step {step}: gradient norm is {norm.item()}; lower optimizer.params.learning_rate")
+            raise models.ModelError(
+                f"step {step}: gradient norm is {norm.item()}; lower optimizer.params.learning_rate"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -188,16 +193,19 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
         images = (step + 1) * global_batch
         if (step + 1) % e.log_every == 0 or step + 1 == last:
             value = dist.mean(torch.stack(losses).mean()).item()
-            telemetry.log(images, {"loss": value, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(), "data_wait": waited})
+            lr = optimizer.param_groups[0]["lr"]
+            telemetry.log(images, {"loss": value, "lr": lr, "grad_norm": norm.item(), "data_wait": waited})
             losses, waited = [], 0.0
 
         # Save
         if (step + 1) % e.save_every == 0 or step + 1 == last:
             with telemetry.excluded():
                 if here.main:
-                    state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict() if ema else None}
-                    marks = {math.ceil(m / global_batch) * global_batch for m in e.milestones}
-                    checkpoint.save(saves, images, state, keep=marks, only_most_recent=e.save_only_most_recent)
+                    state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
+                    state["ema"] = ema.state_dict() if ema else None
+                    checkpoint.save(
+                        saves, images, state, keep={*ends.values()}, only_most_recent=e.save_only_most_recent
+                    )
                 dist.barrier()
     telemetry.close()
 
@@ -209,8 +217,17 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
         if e.eval_caption_file:
             sample_captions(cfg, pipeline, result / "eval.png", device)
         facts = {"images": last * global_batch, "steps": last, "fingerprint": key, "sources": sources}
-        facts |= {"pipeline": str(pipeline), "log": str(folder / "log.jsonl"), "resolution": cfg.dataset.params.resolution}
-        facts |= {"world_size": here.size, "global_batch": global_batch, "samples": len(dataset), "dropped": dataset.dropped}
+        facts |= {
+            "pipeline": str(pipeline),
+            "log": str(folder / "log.jsonl"),
+            "resolution": cfg.dataset.params.resolution,
+        }
+        facts |= {
+            "world_size": here.size,
+            "global_batch": global_batch,
+            "samples": len(dataset),
+            "dropped": dataset.dropped,
+        }
         config.write_json(result / "train.json", {**facts, "code": config.code_digest(), "versions": config.versions()})
         checkpoint.finish_milestone(saves, milestone)
         print(f"{result / 'train.json'}: {pipeline}", flush=True)
@@ -235,7 +252,11 @@ def main(argv: list[str]) -> None:
         with checkpoint.lock(run_folder(cfg)) if here.main else contextlib.nullcontext():
             train(cfg, here, device)
     except expected as error:
-        print(f"error: {error}" if dist.world().main else f"rank {dist.world().rank} ends: {error}", file=sys.stderr, flush=True)
+        print(
+            f"error: {error}" if dist.world().main else f"rank {dist.world().rank} ends: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)  # ranks that wait in a collective must not keep this one from ending
     dist.stop()
 

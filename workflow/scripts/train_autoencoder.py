@@ -47,12 +47,17 @@ def learning_rate(step: int, steps: int, base: float, warmup: int) -> float:
     return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def first_images(dataset: loader.ImageDataset, limit: int, device) -> list[torch.Tensor]:
+    """Pixels 1 x 3 x H x W of the readable ones among the first `limit` images of the stream, an epoch at most."""
+    items = [dataset[position] for position in range(min(limit, len(dataset)))]
+    return [item["pixels"][None].to(device) for item in items if "error" not in item]
+
+
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, dataset: loader.ImageDataset, device, limit: int = 256) -> float:
     """Mean peak signal-to-noise ratio, dB, of reconstructions through the latents' mean, images in [0, 1]."""
     values = []
-    for position in range(min(limit, len(dataset))):
-        image = dataset[position]["pixels"][None].to(device)
+    for image in first_images(dataset, limit, device):
         output = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
         values.append(-10 * torch.log10(((output - image) / 2).square().mean()).item())
     return float(np.mean(values))
@@ -77,8 +82,7 @@ def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, dataset, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the latents by channel over the first images of the stream."""
-    count = min(STATISTICS_IMAGES, len(dataset))
-    means = [vae.encode(dataset[p]["pixels"][None].to(device)).latent_dist.mode() for p in range(count)]
+    means = [vae.encode(image).latent_dist.mode() for image in first_images(dataset, STATISTICS_IMAGES, device)]
     flat = torch.cat(means).transpose(0, 1).flatten(1)
     return flat.mean(1), flat.std(1)
 
@@ -106,22 +110,33 @@ def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -
     steps = settings.num_examples_to_see // settings.batch_size
 
     # Resume: the folder is keyed by all that decides the weights
-    key = config.fingerprint(settings, shards.read_manifest(train_manifest)["fingerprint"])
+    decisive = {
+        k: v for k, v in OmegaConf.to_container(settings).items() if k not in ("threads", "save_every", "log_every")
+    }
+    key = config.fingerprint(decisive, shards.read_manifest(train_manifest)["fingerprint"])
     folder = output.with_suffix("") / "checkpoints" / key
     checkpoint.start_milestone(folder, steps * settings.batch_size, 0)
     first = 0
     if found := checkpoint.saved(folder):
         state = checkpoint.load(folder, found[-1], device)
-        vae.load_state_dict(state["vae"]), ema.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
+        (
+            vae.load_state_dict(state["vae"]),
+            ema.load_state_dict(state["ema"]),
+            optimizer.load_state_dict(state["optimizer"]),
+        )
         first = found[-1] // settings.batch_size
 
     # Loop
-    telemetry = Telemetry(folder.parent.parent / "log.jsonl", total=steps * settings.batch_size, start=first * settings.batch_size)
+    telemetry = Telemetry(
+        folder.parent.parent / "log.jsonl", total=steps * settings.batch_size, start=first * settings.batch_size
+    )
     started, running = time.time(), []
     stream = loader.batches(dataset, settings.batch_size, start=first * settings.batch_size)
     for step in range(first, steps):
         images = next(stream)["pixels"].to(device, memory_format=torch.channels_last)
-        torch.manual_seed(settings.seed + 1 + step)  # the noise of a step follows from its number: resume needs no RNG state
+        torch.manual_seed(
+            settings.seed + 1 + step
+        )  # the noise of a step follows from its number: resume needs no RNG state
         moments = vae.encode(images).latent_dist
         output_images = vae.decode(moments.sample()).sample
         loss = reconstruction_loss(output_images, images, settings.loss) + settings.loss.kl * kl_divergence(moments)

@@ -23,7 +23,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint or run folder that cannot be used; the message names it and the remedy."""
 
 
-def save(folder: str | Path, images: int, state: dict, keep: set[int] = frozenset(), only_most_recent: bool = True) -> Path:
+def save(
+    folder: str | Path, images: int, state: dict, keep: set[int] = frozenset(), only_most_recent: bool = True
+) -> Path:
     """Write `state` as `{images}.pt`; then, where `only_most_recent`, delete older ones but those in `keep`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +54,17 @@ def load(folder: str | Path, images: int, device: torch.device | str = "cpu") ->
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: unreadable checkpoint ({error}); delete it to go on from the one before") from error
+        raise CheckpointError(
+            f"{path}: unreadable checkpoint ({error}); delete it to go on from the one before"
+        ) from error
 
 
 def start_milestone(folder: str | Path, images: int, previous: int) -> None:
     """Prepare a folder for the job that trains up to `images` images, having `previous` behind it.
 
-    The mark of a finished milestone outlives its declared result only if that result was removed on purpose (a forced
-    rerun): then what lies past the previous milestone is wiped, so that it is trained again. A killed job left no mark.
+    `previous` is where the milestone before it ended, with a whole batch. The mark of a finished milestone outlives its
+    declared result only if that result was removed on purpose (a forced rerun): then what lies past the previous
+    milestone is wiped, so that it is trained again. A killed job left no mark.
     """
     folder = Path(folder)
     if (folder / f"{images}.done").exists():
@@ -67,7 +72,7 @@ def start_milestone(folder: str | Path, images: int, previous: int) -> None:
 
 
 def wipe(folder: str | Path, previous: int) -> None:
-    """Delete checkpoints and marks past the milestone `previous`."""
+    """Delete checkpoints and marks past `previous` images."""
     folder = Path(folder)
     for step in saved(folder):
         if step > previous:
@@ -106,13 +111,18 @@ def replace_folder(aside: Path, folder: Path) -> None:
 
 def point_link(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to `target`, replacing an older one in one step."""
+    if link.is_dir() and not link.is_symlink():
+        raise CheckpointError(f"{link}: a folder is in the way of a link; move it away")
     link.parent.mkdir(parents=True, exist_ok=True)
     aside = link.with_name(f".{link.name}.new")
     aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(target, link.parent))
-    if link.is_dir() and not link.is_symlink():
-        raise CheckpointError(f"{link}: a folder is in the way of a link; move it away")
+    aside.symlink_to(_from_folder(target, link.parent))
     os.replace(aside, link)
+
+
+def _from_folder(path: Path, folder: Path) -> str:
+    """`path` relative to `folder` as the kernel follows it: `folder` may lie behind a link to another disk."""
+    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 
 def export_pipeline(folder: str | Path, parts, unet, extra: dict[str, object] | None = None) -> Path:
@@ -132,7 +142,7 @@ def export_pipeline(folder: str | Path, parts, unet, extra: dict[str, object] | 
     for name, part in (("vae", parts.vae), ("text_encoder", parts.text_encoder), ("tokenizer", parts.tokenizer)):
         source = parts.folders.get(name)
         if source is not None:  # relative to where the folder will lie, which is as deep as where it is written
-            (aside / name).symlink_to(os.path.relpath(source, aside))
+            (aside / name).symlink_to(_from_folder(Path(source), aside))
         else:
             part.save_pretrained(aside / name)
     index = {

@@ -17,7 +17,7 @@ import typing
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,9 +30,9 @@ class ConfigError(ValueError):
 # ---------------------------------------------------------------- a training stage (the seed's sections)
 @dataclass
 class WandbConfig:
-    api_key: Optional[str] = None  # never written to a file; prefer WANDB_API_KEY or `wandb login`
-    entity: Optional[str] = None
-    mode: Optional[str] = None  # online, offline, disabled; by default online where a key is known
+    api_key: str | None = None  # never written to a file; prefer WANDB_API_KEY or `wandb login`
+    entity: str | None = None
+    mode: str | None = None  # online, offline, disabled; by default online where a key is known
 
 
 @dataclass
@@ -40,14 +40,14 @@ class SystemConfig:
     gradient_accumulation: int = 1
     batch_size: int = 32  # images per process and micro-batch
     workers: int = 6  # loader processes per rank
-    threads: Optional[int] = None  # torch threads per process; by default torch's own choice
-    dist_backend: Optional[str] = "${distributed.dist_backend}"
+    threads: int | None = None  # torch threads per process; by default torch's own choice
+    dist_backend: str | None = "${distributed.dist_backend}"
     dist_url: str = "${distributed.dist_url}"
 
 
 @dataclass
 class DistributedConfig:
-    dist_backend: Optional[str] = None  # by default nccl where CUDA is, else gloo
+    dist_backend: str | None = None  # by default nccl where CUDA is, else gloo
     dist_url: str = "env://"
     timeout_minutes: float = 30.0
 
@@ -59,11 +59,11 @@ class ExperimentConfig:
     name: str = MISSING
     num_examples_to_see: int = MISSING
     milestones: list[int] = field(default_factory=list)  # images seen at which a pipeline is exported
-    stop_at: Optional[int] = None  # end this job at that milestone; the schedule still spans the whole stage
+    stop_at: int | None = None  # end this job at that milestone; the schedule still spans the whole stage
     save_every: int = 2000  # optimizer steps between rolling checkpoints
     save_only_most_recent: bool = True
     requeue: bool = True
-    eval_caption_file: Optional[str] = None
+    eval_caption_file: str | None = None
     num_eval_images: int = 8
     log_every: int = 10  # optimizer steps between log lines
     seed: int = 0
@@ -82,27 +82,27 @@ class OptimizerParams:
 class OptimizerConfig:
     name: str = "adamw"
     params: OptimizerParams = field(default_factory=OptimizerParams)
-    max_grad_norm: Optional[float] = 1.0
+    max_grad_norm: float | None = 1.0
 
 
 @dataclass
 class PartConfig:
     """One part of the model: the folder or hub address of a pretrained one, or a class and its arguments."""
 
-    pretrained: Optional[str] = None
-    target: Optional[str] = None
+    pretrained: str | None = None
+    target: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class EmaConfig:
-    path: Optional[str] = None  # a pretrained moving average to start from (a UNet folder)
+    path: str | None = None  # a pretrained moving average to start from (a UNet folder)
     decay: float = 0.9999
 
 
 @dataclass
 class ModelConfig:
-    pretrained: Optional[str] = None  # a whole pipeline to fine-tune; parts named below replace its parts
+    pretrained: str | None = None  # a whole pipeline to fine-tune; parts named below replace its parts
     vae: PartConfig = field(default_factory=PartConfig)
     text_encoder: PartConfig = field(default_factory=PartConfig)
     tokenizer: PartConfig = field(default_factory=PartConfig)
@@ -110,7 +110,7 @@ class ModelConfig:
     unet: PartConfig = field(default_factory=PartConfig)
     use_ema: bool = False
     ema: EmaConfig = field(default_factory=EmaConfig)
-    mixed_precision: Optional[str] = None  # bf16, or none
+    mixed_precision: str | None = None  # bf16, or none
     gradient_checkpointing: bool = False
     xformers: bool = False
 
@@ -118,7 +118,7 @@ class ModelConfig:
 @dataclass
 class ObjectiveConfig:
     timesteps: str = "uniform"  # or stratified: one timestep from each equal slice of the schedule
-    snr_gamma: Optional[float] = None  # min-SNR-gamma loss weights
+    snr_gamma: float | None = None  # min-SNR-gamma loss weights
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 
 
@@ -131,8 +131,8 @@ class DatasetParams:
     resolution: int = 512  # pixels a side
     crop: str = "center"  # or random
     flip: bool = False  # mirror half of the images
-    filters: Optional[dict[str, Any]] = None  # metadata predicates, the seed's notation
-    idx_to_prompt: Optional[str] = None  # JSON: class index -> prompt
+    filters: dict[str, Any] | None = None  # metadata predicates, the seed's notation
+    idx_to_prompt: str | None = None  # JSON: class index -> prompt
 
 
 @dataclass
@@ -168,30 +168,34 @@ class StageConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     lr_scheduler: LRConfig = field(default_factory=LRConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    init: Optional[str] = None  # a stage of the same run, or the folder of a finished pipeline, to start from
-    frozen: Optional[str] = None  # the workflow's mark: the fingerprint of this file as it was planned
+    init: str | None = None  # a stage of the same run, or the folder of a finished pipeline, to start from
+    frozen: str | None = None  # the workflow's mark: the fingerprint of this file as it was planned
 
 
 # ---------------------------------------------------------------- a run: stages and their evaluation
 @dataclass
 class EvaluationConfig:
-    prompts: Optional[str] = None  # text file of prompts for the metrics, one a line; by default the dataset's own captions
+    prompts: str | None = (
+        None  # text file of prompts for the metrics, one a line; by default the dataset's own captions
+    )
     num_images: int = 1000
     batch_size: int = 16
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
     seed: int = 0
-    grid: list[str] = field(default_factory=list)  # prompts of the report's grid; by default the first of the dataset's captions
+    grid: list[str] = field(
+        default_factory=list
+    )  # prompts of the report's grid; by default the first of the dataset's captions
     held_out_grid: int = 16  # held-out captions in the report's second grid
     features: str = "inception"  # image network of the Frechet distance: a component
-    alignment: Optional[str] = None  # clip-score model: a component; or "fitted", a linear map of the features
+    alignment: str | None = None  # clip-score model: a component; or "fitted", a linear map of the features
 
 
 @dataclass
 class RunConfig(StageConfig):
     """`configs/{run}.yaml`: the seed's sections for every stage, what differs in each, and the evaluation."""
 
-    data: Optional[str] = None  # configs/data/{data}.yaml
+    data: str | None = None  # configs/data/{data}.yaml
     stages: dict[str, Any] = MISSING
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -207,14 +211,14 @@ class PackageConfig:
 @dataclass
 class TableConfig:
     kind: str = "files"  # files: tables on disk or by URL; hub: a dataset repository; emoji: two npm packages
-    path: Optional[str] = None  # files: a parquet, CSV, TSV or JSONL file, a folder or a glob
-    sha256: Optional[str] = None  # files: of a single file
-    repo: Optional[str] = None  # hub: owner/name
-    revision: Optional[str] = None  # hub: a commit
+    path: str | None = None  # files: a parquet, CSV, TSV or JSONL file, a folder or a glob
+    sha256: str | None = None  # files: of a single file
+    repo: str | None = None  # hub: owner/name
+    revision: str | None = None  # hub: a commit
     patterns: list[str] = field(default_factory=lambda: ["*.parquet"])
     columns: dict[str, str] = field(default_factory=dict)  # our name: theirs (url and caption are needed)
-    images: Optional[PackageConfig] = None  # emoji
-    captions: Optional[PackageConfig] = None  # emoji
+    images: PackageConfig | None = None  # emoji
+    captions: PackageConfig | None = None  # emoji
 
 
 @dataclass
@@ -232,7 +236,8 @@ class SelectConfig:
 
 @dataclass
 class ShardsConfig:
-    path: Optional[str] = None  # shards that exist already: brace notation; nothing is downloaded then
+    path: str | None = None  # shards that exist already: brace notation; nothing is downloaded then
+    held_out_path: str | None = None  # shards that exist already, never trained on: the metrics' reference
     image_size: int = 512
     resize_mode: str = "keep_ratio"
     samples_per_shard: int = 10000
@@ -285,7 +290,7 @@ class AutoencoderConfig:
     ema_decay: float = 0.999
     save_every: int = 500  # steps
     log_every: int = 50
-    threads: Optional[int] = None
+    threads: int | None = None
     seed: int = 0
     loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
     params: dict[str, Any] = field(default_factory=dict)  # of diffusers' AutoencoderKL
@@ -296,21 +301,26 @@ class ComponentConfig:
     """`configs/components.yaml`, one entry a component."""
 
     source: str = MISSING  # package, folder, url, hub or train
-    requirement: Optional[str] = None  # package: name==version
-    path: Optional[str] = None  # package: folder or file inside it; folder: the folder; hub: a subfolder
-    url: Optional[str] = None
-    sha256: Optional[str] = None  # of a url's file
-    repo: Optional[str] = None  # hub: owner/name
-    revision: Optional[str] = None  # hub: a commit, 40 hex digits
+    requirement: str | None = None  # package: name==version
+    path: str | None = None  # package: folder or file inside it; folder: the folder; hub: a subfolder
+    url: str | None = None
+    sha256: str | None = None  # of a url's file
+    repo: str | None = None  # hub: owner/name
+    revision: str | None = None  # hub: a commit, 40 hex digits
     patterns: list[str] = field(default_factory=list)  # files to take; by default all
     settings: dict[str, Any] = field(default_factory=dict)  # file -> keys to set in that JSON file of the copy
-    train: Optional[AutoencoderConfig] = None
+    train: AutoencoderConfig | None = None
 
 
 # ---------------------------------------------------------------- loading
 CONFIGS = Path("configs")
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet")
-DATA_STEPS = {"fetch_table": "table", "select_samples": "select", "build_shards": "shards", "precompute_latents": "latents"}
+DATA_STEPS = {
+    "fetch_table": "table",
+    "select_samples": "select",
+    "build_shards": "shards",
+    "precompute_latents": "latents",
+}
 DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", "LatentDataset")
 CHOICES = {
     "wandb.mode": ("online", "offline", "disabled"),
@@ -327,25 +337,18 @@ CHOICES = {
 
 
 def load(schema: type, path: str | Path | None = None, overrides: list[str] = (), values: Any = None) -> DictConfig:
-    """Merge the defaults of `schema`, the YAML at `path` (or `values`) and dot-list `overrides`; check every key.
+    """Merge the defaults of `schema`, the YAML at `path` and dot-list `overrides`; check every key.
 
-    Returns a DictConfig that may still hold `???`: `require` says which. Raises ConfigError for an unknown key,
-    a wrong type or value, naming the source and the nearest valid key.
+    Where `values` are given, they are merged instead, and `path` only says where they stand. Returns a DictConfig that
+    may still hold `???`: `require` says which. Raises ConfigError for an unknown key, a wrong type or value, naming
+    the source and the nearest valid key.
     """
-    where = str(path) if path else "configuration"
+    where = "configuration" if path is None else str(path)
+    values = _read_yaml(path) if values is None and path is not None else OmegaConf.create(values or {})
     try:
-        if path is not None:
-            values = OmegaConf.load(path)
-        values = OmegaConf.create({} if values is None else values)
         dotlist = OmegaConf.from_dotlist([str(o) for o in overrides])
-    except FileNotFoundError:
-        near = difflib.get_close_matches(Path(path).stem, [p.stem for p in Path(path).parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {Path(path).parent / (near[0] + '.yaml')}?" if near else ""
-        raise ConfigError(f"{path}: no such file{hint}") from None
-    except Exception as error:  # the YAML parser's own errors carry line and column
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
-    if not isinstance(values, DictConfig):
-        raise ConfigError(f"{where}: a mapping of keys is expected at the top level")
+    except Exception as error:
+        raise ConfigError(f"command line: {' '.join(overrides)}: not key=value in YAML's notation: {error}") from error
     config = OmegaConf.structured(schema)
     for source, layer in ((where, values), ("command line", dotlist)):
         _check_keys(schema, OmegaConf.to_container(layer), source)
@@ -354,21 +357,50 @@ def load(schema: type, path: str | Path | None = None, overrides: list[str] = ()
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "?"
             raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+    for key in _open_keys(OmegaConf.to_container(values)):  # a merge would keep the default under ???
+        if OmegaConf.select(dotlist, key, default="???") == "???":
+            OmegaConf.update(config, key, "???")
     _check_choices(config, where)
     return config
 
 
+def _read_yaml(path: str | Path) -> DictConfig:
+    """The mapping in a YAML file. Raises ConfigError, naming it and a file of nearly that name."""
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(Path(path).stem, [p.stem for p in Path(path).parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {Path(path).parent / (near[0] + '.yaml')}?" if near else ""
+        raise ConfigError(f"{path}: no such file{hint}") from None
+    except Exception as error:  # the YAML parser's own errors carry line and column
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: a mapping of keys is expected at the top level")
+    return values
+
+
 def require(config: DictConfig, where: str) -> DictConfig:
     """The same config, or a ConfigError that lists every `???` left open and every broken interpolation."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(_open_keys(OmegaConf.to_container(config)))
     if missing:
         example = " ".join(f"{key}=…" for key in missing)
-        raise ConfigError(f"{where}: required and still ???: {', '.join(missing)}. Set them in the file or as {example}")
+        raise ConfigError(
+            f"{where}: required and still ???: {', '.join(missing)}. Set them in the file or as {example}"
+        )
     try:
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     return config
+
+
+def _open_keys(values: dict, prefix: str = "") -> list[str]:
+    """The keys whose own value is `???`; those that only repeat one of them, `${…}`, are not named."""
+    found = []
+    for key, value in values.items():
+        found += [f"{prefix}{key}"] if value == "???" else []
+        found += _open_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return found
 
 
 def load_run(run: str, overrides: list[str] = ()) -> DictConfig:
@@ -391,8 +423,8 @@ def load_data(dataset: str) -> DictConfig:
 def load_components() -> dict[str, DictConfig]:
     """`configs/components.yaml`, each entry typed."""
     path = CONFIGS / "components.yaml"
-    entries = OmegaConf.to_container(OmegaConf.load(path))
-    return {name: _load_component(path, name, entry) for name, entry in entries.items()}
+    entries = OmegaConf.to_container(_read_yaml(path))
+    return {name: _load_component(f"{path}: {name}", entry) for name, entry in entries.items()}
 
 
 def load_component(name: str) -> DictConfig:
@@ -408,11 +440,10 @@ def component_record(folder: str) -> str:
     return "/".join(Path(folder).parts[:3]) + ".json"
 
 
-def _load_component(path: Path, name: str, entry: Any) -> DictConfig:
-    try:
-        return require(load(ComponentConfig, values=entry), f"{path}: {name}")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {name}: {error}") from None
+def _load_component(where: str, entry: Any) -> DictConfig:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: a mapping of keys is expected, such as {{source: folder, path: …}}")
+    return require(load(ComponentConfig, where, values=entry), where)
 
 
 def load_stage(run: str, stage: str, overrides: list[str] = ()) -> DictConfig:
@@ -423,31 +454,33 @@ def load_stage(run: str, stage: str, overrides: list[str] = ()) -> DictConfig:
     """
     path = CONFIGS / f"{run}.yaml"
     run_config = load(RunConfig, path, overrides)
+    where = f"{path}: stages.{stage}"
     if stage not in run_config.stages:
         raise ConfigError(f"{path}: stages: no stage {stage!r}{_nearest(stage, list(run_config.stages))}")
     sections = [f.name for f in dataclasses.fields(StageConfig)]
     shared = OmegaConf.to_container(run_config)
     own = shared["stages"][stage] or {}
-    _check_keys(StageConfig, own, f"{path}: stages.{stage}")
-    values = OmegaConf.merge({k: shared[k] for k in sections}, own)
-    config = load(StageConfig, values=values)
+    if not isinstance(own, dict):
+        raise ConfigError(f"{where}: a mapping of the keys that differ is expected, not {own!r}")
+    load(StageConfig, where, values=own)  # its keys and types, before they are laid over the run's
+    config = load(StageConfig, where, values=OmegaConf.merge({k: shared[k] for k in sections}, own))
     facts = {
         "experiment.log_dir": "results/runs",
         "experiment.project": run,
         "experiment.name": stage,
         "dataset.params.path": _dataset_path(run_config, config),
     }
-    _set_milestones(config.experiment, f"{path}: stages.{stage}")
+    _set_milestones(config.experiment, where)
     for key, value in facts.items():
         if value is not None and OmegaConf.select(config, key, throw_on_missing=False) is None:
             OmegaConf.update(config, key, value)
-    if config.init in run_config.stages:
-        first = load_stage(run, config.init, overrides) if config.init != stage else config
+    earlier = list(run_config.stages)[: list(run_config.stages).index(stage)]
+    if config.init in earlier:
+        first = load_stage(run, config.init, overrides)
         config.init = f"results/runs/{run}/{config.init}/{first.experiment.milestones[-1]}/pipeline"
     elif config.init and "/" not in config.init:
-        known = [name for name in run_config.stages if name != stage]
-        raise ConfigError(f"{path}: stages.{stage}.init: no stage {config.init!r}{_nearest(config.init, known)}")
-    return require(config, f"{path}: stages.{stage}")
+        raise ConfigError(f"{where}.init: no stage {config.init!r} before {stage}{_nearest(config.init, earlier)}")
+    return require(config, where)
 
 
 def _set_milestones(experiment: DictConfig, where: str) -> None:
@@ -461,7 +494,7 @@ def _set_milestones(experiment: DictConfig, where: str) -> None:
 
 
 def freeze_stage(config: DictConfig) -> DictConfig:
-    """A stage's configuration as a file may hold it: without the secret, with the fingerprint that it was planned with."""
+    """A stage's configuration as a file may hold it: without the secret, with its fingerprint as planned."""
     return OmegaConf.merge(config, {"frozen": stage_fingerprint(config), "wandb": {"api_key": None}})
 
 
@@ -488,8 +521,24 @@ def fingerprint(*values: Any) -> str:
     return hashlib.sha256("\n".join(canonical(v) for v in values).encode()).hexdigest()[:16]
 
 
-VOLATILE = ["wandb", "distributed", "frozen", "system.workers", "system.threads", "system.dist_backend", "system.dist_url"]
-VOLATILE += [f"experiment.{k}" for k in ("log_dir", "project", "name", "milestones", "stop_at", "save_every", "log_every")]
+def pass_on_key(config: DictConfig) -> None:
+    """Hand a wandb key of the configuration to the jobs by the environment: no file and no command line shows it."""
+    if config.wandb.api_key:
+        os.environ["WANDB_API_KEY"] = config.wandb.api_key
+
+
+VOLATILE = [
+    "wandb",
+    "distributed",
+    "frozen",
+    "system.workers",
+    "system.threads",
+    "system.dist_backend",
+    "system.dist_url",
+]
+VOLATILE += [
+    f"experiment.{k}" for k in ("log_dir", "project", "name", "milestones", "stop_at", "save_every", "log_every")
+]
 VOLATILE += [f"experiment.{k}" for k in ("save_only_most_recent", "requeue", "eval_caption_file", "num_eval_images")]
 VOLATILE += ["dataset.params.path", "dataset.params.workers", "dataset.params.num_examples_to_see", "init"]
 
@@ -514,7 +563,7 @@ def record_fingerprint(path: str | Path) -> str | None:
     """The fingerprint that a result's JSON record carries, or None without one."""
     try:
         return json.loads(Path(path).read_text()).get("fingerprint")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return None
 
 
@@ -540,7 +589,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error}); make it again: snakemake --force {path}") from None
+        raise ConfigError(
+            f"{path}: not a readable JSON file ({error}); make it again: snakemake --force {path}"
+        ) from None
 
 
 def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
@@ -559,17 +610,25 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
-def command_line(argv: list[str], schema: type | None, about: str, **defaults: str) -> tuple[DictConfig, dict[str, str]]:
+def command_line(
+    argv: list[str], schema: type | None, about: str, **defaults: str
+) -> tuple[DictConfig, dict[str, str]]:
     """Read `key=value` arguments: `config=FILE`, dot-list overrides of it, and the command's own keys.
 
     `defaults` are the command's own keys (None: required). Returns the config (None without a schema) and those keys.
     `--help` or a wrong key prints usage and ends.
     """
-    usage = f"usage: {Path(argv[0]).name} " + " ".join(f"{k}=…" if v is None else f"[{k}={v}]" for k, v in defaults.items())
+    usage = f"usage: {Path(argv[0]).name} " + " ".join(
+        f"{k}=…" if v is None else f"[{k}={v}]" for k, v in defaults.items()
+    )
     if schema is not None:
         usage += " config=FILE.yaml [section.key=value …]"
     if any(a in ("-h", "--help") for a in argv[1:]):
@@ -586,7 +645,9 @@ def command_line(argv: list[str], schema: type | None, about: str, **defaults: s
             rest.append(argument)
         else:
             raise SystemExit(f"error: unknown key {key!r}{_nearest(key, list(defaults))}\n{usage}")
-    absent = [k for k, v in own.items() if v is None] + (["config"] if schema is not None and "config" not in own else [])
+    absent = [k for k, v in own.items() if v is None] + (
+        ["config"] if schema is not None and "config" not in own else []
+    )
     if absent:
         raise SystemExit(f"error: missing {', '.join(f'{k}=…' for k in absent)}\n{usage}")
     if schema is None:
@@ -606,26 +667,38 @@ def _schema_of(hint: Any) -> type | None:
     return None
 
 
+def _is_mapping(hint: Any) -> bool:
+    """Whether a type hint asks for a section or a dict (through Optional)."""
+    return any(dataclasses.is_dataclass(h) or typing.get_origin(h) is dict for h in (hint, *typing.get_args(hint)))
+
+
 def _check_keys(schema: type, values: Any, source: str, prefix: str = "") -> None:
-    """Refuse keys that the schema does not have, and name the nearest one."""
-    if not isinstance(values, dict):
-        return
+    """Refuse keys that the schema does not have, naming the nearest one, and a plain value for a section."""
     hints = typing.get_type_hints(schema)
     for key, value in values.items():
         if key not in hints:
             raise ConfigError(f"{source}: unknown key {prefix}{key}{_nearest(str(key), list(hints), prefix)}")
         inner = _schema_of(hints[key])
-        if inner is not None:
-            _check_keys(inner, value, source, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            if inner is not None:
+                _check_keys(inner, value, source, f"{prefix}{key}.")
+        elif _is_mapping(hints[key]) and not (value is None or "$" in str(value) or value == "???"):
+            raise ConfigError(f"{source}: {prefix}{key}: a mapping of keys is expected, not {value!r}")
 
 
 def _check_choices(config: DictConfig, where: str) -> None:
     for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config, key, throw_on_missing=False)
+        value = None
+        with contextlib.suppress(OmegaConfBaseException):  # an interpolation that leads nowhere: `require` names it
+            value = OmegaConf.select(config, key, throw_on_missing=False)
         if value is not None and value not in allowed:
-            raise ConfigError(f"{where}: {key}: {value!r} is not one of {', '.join(allowed)}{_nearest(str(value), list(allowed))}")
+            raise ConfigError(
+                f"{where}: {key}: {value!r} is not one of {', '.join(allowed)}{_nearest(str(value), list(allowed))}"
+            )
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(re.sub(r"-", "_", word), known, 1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(map(str, known))}"
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; known here: {', '.join(map(str, known)) or 'none'}"

@@ -45,7 +45,8 @@ def world(environ: dict[str, str] | None = None) -> World:
 def start(backend: str | None = None, url: str = "env://", timeout_minutes: float = 30.0) -> tuple[World, torch.device]:
     """Join the process group (none for one process) and return this process's place and device.
 
-    `backend` defaults to nccl where CUDA is there, else gloo. Raises DistError for nccl without CUDA.
+    `backend` defaults to nccl where CUDA is there, else gloo. Raises DistError for nccl without CUDA and for processes
+    that cannot meet.
     """
     here = world()
     cuda = torch.cuda.is_available()
@@ -55,11 +56,17 @@ def start(backend: str | None = None, url: str = "env://", timeout_minutes: floa
     if here.size > 1:
         backend = backend or ("nccl" if cuda else "gloo")
         if backend == "nccl" and not cuda:
-            raise DistError("distributed.dist_backend: nccl needs CUDA, which is not here; set distributed.dist_backend=gloo")
+            raise DistError(
+                "distributed.dist_backend: nccl needs CUDA, which is not here; set distributed.dist_backend=gloo"
+            )
         if here.launcher == "slurm":
             _set_rendezvous(os.environ)
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, init_method=url, rank=here.rank, world_size=here.size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, init_method=url, rank=here.rank, world_size=here.size, timeout=timeout)
+        except (ValueError, RuntimeError) as error:
+            where = f"distributed.dist_backend={backend}, distributed.dist_url={url}"
+            raise DistError(f"{where}: {here.size} processes cannot meet: {str(error).splitlines()[0]}") from error
     return here, device
 
 
@@ -95,8 +102,10 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def _set_rendezvous(env) -> None:
     """Under srun: meet at the job's first host, at a port derived from the job id."""
     if "MASTER_ADDR" not in env:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        env["MASTER_ADDR"] = hosts.stdout.split()[0]
+        command = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
+        try:
+            hosts = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise DistError(f"{' '.join(command)}: {error}; set MASTER_ADDR to the job's first host") from error
+        env["MASTER_ADDR"] = hosts[0]
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))

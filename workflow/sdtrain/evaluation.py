@@ -17,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from sdtrain import features
 from sdtrain.config import read_json
 from sdtrain.loader import ImageDataset
 
 Network = Callable[[torch.Tensor], torch.Tensor]  # uint8 N x 3 x H x W -> float N x D
 
 SHUFFLES = 20
+PAIRED = 5000  # images a side of a kernel distance at most: it holds every pair's kernel in memory
 
 
 class EvaluationError(ValueError):
@@ -70,6 +72,11 @@ def embed(network: Network, images: Iterator[torch.Tensor], total: int, label: s
     if not parts:
         raise EvaluationError(f"{label}: no image could be read; rebuild the shards")
     return torch.cat(parts)
+
+
+def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """`features.kernel_distance` of the first PAIRED rows of each; being unbiased, it only grows noisier by that."""
+    return features.kernel_distance(x[:PAIRED], y[:PAIRED])
 
 
 # ---------------------------------------------------------------- generated images
@@ -181,10 +188,10 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], about: dict
 
 
 def load_tensors(path: str | Path, *keys: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors named `keys` and the metadata of a safetensors file; raises EvaluationError."""
+    """The tensors named `keys` (all without any) and the metadata of a safetensors file; raises EvaluationError."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            return {key: file.get_tensor(key) for key in keys or file.keys()}, file.metadata() or {}
     except FileNotFoundError:
         raise EvaluationError(f"{path}: no such file; make it with: snakemake {path}") from None
     except (OSError, SafetensorError) as error:

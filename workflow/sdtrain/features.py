@@ -84,10 +84,12 @@ def efficientnet_lite0(path: Path, device: torch.device) -> ImageFeatures:
 
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.eval().requires_grad_(False).to(device)
+    # channels last: its depthwise convolutions then take two thirds of the time on a CPU
+    network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         x = F.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True)
+        x = x.contiguous(memory_format=torch.channels_last)
         return network.extract_features((x - 127) / 128).mean((2, 3))
 
     name = "EfficientNet-Lite0"

@@ -1,4 +1,4 @@
-"""Factory: VAE, text encoder, tokenizer, scheduler and UNet from `pretrained` or `target` + `params`; attention choice."""
+"""Factory: VAE, text encoder, tokenizer, scheduler, UNet from `pretrained` or `target` + `params`; attention choice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import nn
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
@@ -80,18 +81,31 @@ def check_fit(parts: Parts) -> None:
     """Refuse parts whose shapes do not fit each other."""
     width, cross = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
     if isinstance(cross, int) and cross != width:
-        raise ModelError(f"model.unet.params.cross_attention_dim: {cross}, but the text encoder's states are {width} wide; set {width}")
+        raise ModelError(
+            f"model.unet.params.cross_attention_dim: {cross}, but the text encoder's states are {width} wide: set that"
+        )
     channels = parts.vae.config.latent_channels
     for key in ("in_channels", "out_channels"):
         if parts.unet.config[key] != channels:
-            raise ModelError(f"model.unet.params.{key}: {parts.unet.config[key]}, but the VAE's latents have {channels} channels")
+            raise ModelError(
+                f"model.unet.params.{key}: {parts.unet.config[key]}, but the VAE's latents have {channels} channels"
+            )
+    length, limit = (
+        parts.tokenizer.model_max_length,
+        getattr(parts.text_encoder.config, "max_position_embeddings", 10_000),
+    )
+    if length > limit:  # where tokenizer_config.json says nothing, it is 10^30
+        remedy = f"set model_max_length to {limit} at most in its tokenizer_config.json"
+        raise ModelError(f"model.tokenizer: pads captions to {length} tokens, the text encoder takes {limit}; {remedy}")
 
 
 def _subfolder(source: str, name: str) -> tuple[str, str | None]:
     """Where a part lies: in its subfolder of a pipeline, or at the root of its own folder."""
     if not Path(source).is_dir():  # a hub address: a pipeline's, by its usual layout
         if source.startswith((".", "/")) or source.count("/") != 1:
-            raise ModelError(f"model.{name}.pretrained: {source}: no such folder; make it with: snakemake {source}.json")
+            raise ModelError(
+                f"model.{name}.pretrained: {source}: no such folder; make it with: snakemake {source}.json"
+            )
         return source, name
     return source, name if Path(source, name).is_dir() else None
 
@@ -108,22 +122,26 @@ def _from_pretrained(name: str, source: str, subfolder: str | None):
             return _text_encoder_class(source, where).from_pretrained(source, dtype=torch.float32, **where)
         cls = diffusers.AutoencoderKL if name == "vae" else diffusers.UNet2DConditionModel
         return cls.from_pretrained(source, torch_dtype=torch.float32, **where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"model.{name}.pretrained: {source}: not loadable: {reason}") from error
 
 
 def _text_encoder_class(source: str, where: dict):
     """The encoder half of CLIP and T5 models, else what the folder's configuration names (BERT and its kin)."""
     kind = transformers.AutoConfig.from_pretrained(source, **where).model_type
-    encoders = {"clip": transformers.CLIPTextModel, "clip_text_model": transformers.CLIPTextModel, "t5": transformers.T5EncoderModel}
+    encoders = {
+        "clip": transformers.CLIPTextModel,
+        "clip_text_model": transformers.CLIPTextModel,
+        "t5": transformers.T5EncoderModel,
+    }
     return encoders.get(kind, transformers.AutoModel)
 
 
 def _from_target(name: str, part):
     module, _, cls = part.target.rpartition(".")
     library = {"": diffusers, "diffusers": diffusers, "transformers": transformers}.get(module)
-    if library is None or not hasattr(library, cls):
+    if library is None or not isinstance(getattr(library, cls, None), type):
         raise ModelError(f"model.{name}.target: {part.target}: a class of diffusers or transformers is expected")
     params = OmegaConf.to_container(part.params, resolve=True)
     try:
@@ -137,6 +155,17 @@ def load_unet(folder: str | Path) -> nn.Module:
     return _from_pretrained("unet", *_subfolder(str(folder), "unet"))
 
 
+def load_weights(unet: nn.Module, folder: str | Path, key: str) -> None:
+    """Give `unet` the weights of the one in a folder. Raises ModelError, naming `key`, where they do not fit."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"{key}: {folder}: no such folder")
+    try:
+        unet.load_state_dict(load_unet(folder).state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ModelError(f"{key}: {folder}: these weights do not fit model.unet: {reason}") from error
+
+
 def set_attention(unet: nn.Module, xformers: bool, device: torch.device) -> None:
     """Use xformers' attention where asked for and possible; torch's scaled_dot_product_attention otherwise."""
     if not xformers:
@@ -147,7 +176,9 @@ def set_attention(unet: nn.Module, xformers: bool, device: torch.device) -> None
     try:
         unet.enable_xformers_memory_efficient_attention()
     except ModuleNotFoundError:
-        raise ModelError("model.xformers: the package is not installed: pip install xformers, or set model.xformers=false") from None
+        raise ModelError(
+            "model.xformers: the package is not installed: pip install xformers, or set model.xformers=false"
+        ) from None
 
 
 class TextEncoding:
@@ -175,7 +206,11 @@ class TextEncoding:
 
     def _encode(self, captions: list[str]) -> torch.Tensor:
         tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         ).to(self.device)
         # the pipeline passes a mask only to encoders whose configuration asks for it; training must do the same
         masked = getattr(self.encoder.config, "use_attention_mask", False)
@@ -184,8 +219,7 @@ class TextEncoding:
 
 @torch.no_grad()
 def encode_images(vae: nn.Module, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Scaled latents of images N x 3 x H x W in [-1, 1]: a sample of the posterior, or its mean without a generator."""
+    """Scaled float32 latents of images N x 3 x H x W in [-1, 1]: a posterior sample, its mean without a generator."""
     posterior = vae.encode(pixels).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
+    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

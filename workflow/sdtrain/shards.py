@@ -53,12 +53,13 @@ def index_tar(path: str | Path) -> list[Sample]:
                 if not samples or samples[-1].key != key:
                     samples.append(Sample(str(path), key, {}))
                 samples[-1].fields[extension.lower()] = (member.offset_data, member.size)
-            # tarfile reads a file cut between two members as if it ended there: the end mark must be there
-            if samples and size < tar.offset + tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("end-of-archive mark is missing")
+            # tarfile takes a cut between two members, or a damaged header, for the end: the end mark must be there
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end-of-archive mark after {tar.offset} bytes")
     except FileNotFoundError:
         raise ShardError(f"{path}: shard is missing; rebuild it, or correct the path") from None
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{path}: not a whole tar ({error}); delete it and rebuild the shards") from None
     return samples
 
@@ -80,6 +81,9 @@ class ShardWriter:
     def __exit__(self, *error) -> None:
         if error[0] is None:
             self._finish()
+        elif self._tar is not None:
+            self._tar.close()
+            self._aside().unlink()
 
     def add(self, key: str, fields: dict[str, bytes]) -> None:
         """Append one sample; a full shard is closed and renamed to its final name."""
@@ -151,6 +155,8 @@ def read_manifest(path: str | Path, full: bool = False) -> dict:
     try:
         manifest = json.loads(Path(path).read_text())
         rows = manifest["shards"]
+        if any({"name", "bytes", "sha256", "samples"} - set(row) for row in rows):
+            raise ValueError
     except FileNotFoundError:
         raise ShardError(f"{path}: no such manifest; make it with: snakemake {path}") from None
     except (ValueError, KeyError, TypeError):

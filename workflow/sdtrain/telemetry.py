@@ -17,10 +17,12 @@ from tqdm import tqdm
 class Telemetry:
     """Report a training: a progress bar on a terminal, sparse lines elsewhere, one JSON line an entry, wandb if given.
 
-    `total` and `start` are images. A resumed run drops log lines past its start, so that the file holds each image once.
+    `total` and `start` are images. A resumed run drops log lines past its start: the file holds each image once.
     """
 
-    def __init__(self, log: str | Path | None, total: int, start: int = 0, label: str = "train", wandb=None, quiet=False):
+    def __init__(
+        self, log: str | Path | None, total: int, start: int = 0, label: str = "train", wandb=None, quiet=False
+    ):
         self.wandb, self.total, self.label = wandb, total, label
         self.log_file = self._open_log(log, start) if log else None
         self.terminal, self.quiet = sys.stderr.isatty() and not quiet, quiet
@@ -53,19 +55,19 @@ class Telemetry:
         self._window, self._excluded = (now, images), 0.0
         entry = {"images": images, **values, "images_per_second": rate}
         if self.log_file:
-            self.log_file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+            self.log_file.write(
+                json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}) + "\n"
+            )
         if self.wandb:
             self.wandb.log(entry, step=images)
         self.bar.update(images - self.bar.n)
-        self.bar.set_postfix(loss=f"{values.get('loss', float('nan')):.4f}", refresh=False)
+        loss = values.get("loss", float("nan"))
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if not self.terminal and not self.quiet and (now - self._printed > 10 or images >= self.total):
             self._printed = now
-            left = (self.total - images) / max(rate, 1e-9)
-            print(
-                f"{self.label}: {images:,} of {self.total:,} images, {rate:.1f} img/s, loss {values.get('loss', float('nan')):.4f}, "
-                f"{int(left // 60)}:{int(left % 60):02d} left",
-                flush=True,
-            )
+            minutes, seconds = divmod(int((self.total - images) / max(rate, 1e-9)), 60)
+            progress = f"{images:,} of {self.total:,} images, {rate:.1f} img/s"
+            print(f"{self.label}: {progress}, loss {loss:.4f}, {minutes}:{seconds:02d} left", flush=True)
         return entry
 
     def close(self) -> None:

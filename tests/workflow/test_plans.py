@@ -1,0 +1,170 @@
+"""Every configuration plans with every profile, offline, before anything is there; a mistake ends planning with one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from checkout import ROOT, snakemake
+
+RUNS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "components")
+PROFILES = ("profiles/local", "slurm")
+
+
+def trained(plan) -> dict[str, list[int]]:
+    """Milestones by stage."""
+    found = {}
+    for job in plan.of("train"):
+        found.setdefault(job["wildcards"]["stage"], []).append(int(job["wildcards"]["images"]))
+    return {stage: sorted(images) for stage, images in found.items()}
+
+
+def written(tree) -> list[str]:
+    """What planning left behind, but Snakemake's own notes."""
+    found = [p for name in ("results", "logs", "resources/components") for p in (tree / name).rglob("*")]
+    return sorted(str(p.relative_to(tree)) for p in found)
+
+
+def test_the_runs_that_are_promised_are_there():
+    assert {"demo", "sd-v1", "sd-v2-base", "imagenet", "finetune"} <= set(RUNS)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_plans_with_every_profile(checkout, monkeypatch, run, profile):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there: whoever asks the network fails
+    begin = time.monotonic()
+    plan = snakemake(checkout, "--profile", profile, "--dry-run", "--config", f"run={run}")
+    assert plan.ok, plan.text
+    assert time.monotonic() - begin < 30
+    assert {"freeze", "train", "sample", "frechet_distance", "report"} <= plan.rules
+    assert written(checkout) == []
+
+
+def test_the_demo_makes_everything_from_packages(checkout, plan):
+    demo = plan(checkout)
+    assert demo.rules >= {"fetch_table", "select_samples", "build_shards", "precompute_latents", "download_component"}
+    assert trained(demo) == {"stage1": [0, 32000], "stage2": [0, 10000]}
+    assert {job["wildcards"]["split"] for job in demo.of("build_shards")} == {"train", "held_out"}
+    assert "fit_alignment" in demo.rules
+    assert "train_autoencoder" not in demo.rules
+
+
+def test_sd_v2_base_is_the_whole_real_experiment(checkout, plan):
+    real = plan(checkout, "--config", "run=sd-v2-base")
+    assert set(trained(real)) == {"stage1", "stage2"}
+    by_stage = {stage: [j for j in real.of("train") if j["wildcards"]["stage"] == stage] for stage in trained(real)}
+    for stage, resolution in (("stage1", 256), ("stage2", 512)):
+        latents = f"results/data/laion-aesthetic/train/latents/sd-vae-{resolution}px/manifest.json"
+        assert all(latents in job["input"] for job in by_stage[stage])
+    last = f"results/runs/sd-v2-base/stage1/{trained(real)['stage1'][-1]}/train.json"
+    first = min(by_stage["stage2"], key=lambda job: int(job["wildcards"]["images"]))
+    assert last in first["input"]
+    features = {name for job in real.of("frechet_distance") + real.of("reference_features") for name in job["input"]}
+    assert any("inception" in name for name in features)
+    assert any("clip-vit-b32" in name for job in real.of("clip_score") for name in job["input"])
+    assert "fit_alignment" not in real.rules
+
+
+def test_shards_that_exist_are_taken_as_they_are(checkout, plan):
+    imagenet = plan(checkout, "--config", "run=imagenet", "--", "data")
+    assert imagenet.rules == {"freeze", "build_shards"}
+
+
+def test_the_launch_line_is_the_profiles(checkout):
+    def launch(profile):
+        plan = snakemake(checkout, "--profile", profile, "--dry-run", "--config", "run=sd-v2-base", "--", "stages")
+        (line,) = {job["shellcmd"].split(" workflow/scripts/train.py")[0] for job in plan.of("train")}
+        return line
+
+    assert launch("profiles/local").startswith("torchrun --standalone --nproc_per_node")
+    assert launch("slurm").startswith("srun ") and launch("slurm").endswith("python -u")
+
+
+# Each: what is edited (file, old, new) or said on the command line, and what the message must name
+MISTAKES = {
+    "unknown key": (
+        ("demo.yaml", "learning_rate: 1.5e-3", "learning_rat: 1.5e-3"),
+        ["configs/demo.yaml", "learning_rat", "did you mean", "learning_rate"],
+    ),
+    "unknown key of a stage": (
+        ("demo.yaml", "{resolution: 64}", "{resolutoin: 64}"),
+        ["configs/demo.yaml", "stage1", "resolutoin", "did you mean", "resolution"],
+    ),
+    "unknown section": (
+        ("demo.yaml", "objective:", "objectives:"),
+        ["configs/demo.yaml", "objectives", "did you mean objective"],
+    ),
+    "wrong type": (
+        ("demo.yaml", "batch_size: 16 #", "batch_size: many #"),
+        ["configs/demo.yaml", "system.batch_size", "many"],
+    ),
+    "left open": (
+        ("demo.yaml", "num_examples_to_see: 32000", "num_examples_to_see: ???"),
+        ["configs/demo.yaml", "stage1", "experiment.num_examples_to_see", "???"],
+    ),
+    "not a choice": (
+        ("demo.yaml", "timesteps: stratified", "timesteps: stratifed"),
+        ["configs/demo.yaml", "objective.timesteps", "did you mean stratified"],
+    ),
+    "not YAML": (("demo.yaml", "stages:\n", "stages: [\n"), ["configs/demo.yaml: not valid YAML"]),
+    "unknown stage in init": (
+        ("demo.yaml", "init: stage1", "init: stagee1"),
+        ["configs/demo.yaml", "stages.stage2.init", "stagee1", "did you mean stage1"],
+    ),
+    "unknown component": (
+        ("demo.yaml", "components/emoji-autoencoder", "components/emoji-autoencodr"),
+        ["configs/components.yaml", "emoji-autoencodr", "did you mean emoji-autoencoder"],
+    ),
+    "unknown dataset": (
+        ("demo.yaml", "data: emoji", "data: emojy"),
+        ["configs/data/emojy.yaml", "did you mean", "emoji"],
+    ),
+    "unknown key of the data": (
+        ("data/emoji.yaml", "image_size: 256", "image_siz: 256"),
+        ["configs/data/emoji.yaml", "image_siz", "did you mean", "image_size"],
+    ),
+    "unknown key of a component": (
+        ("components.yaml", "requirement: gt-all", "requirment: gt-all"),
+        ["configs/components.yaml", "minilm", "requirment", "did you mean requirement"],
+    ),
+    "missing run": (["run=dmo"], ["configs/dmo.yaml", "no such file", "did you mean", "demo"]),
+    "unknown key in set": (["set=optimizer.params.learning_rat=1"], ["learning_rat", "did you mean", "learning_rate"]),
+    "milestone past the end": (
+        ("demo.yaml", "milestones: [0] # the untrained", "milestones: [99000] # the untrained"),
+        ["configs/demo.yaml", "stage1", "milestones", "32000"],
+    ),
+    "circle of stages": (
+        ("demo.yaml", "  stage1:\n", "  stage1:\n    init: stage2\n"),
+        ["configs/demo.yaml", "stages.stage1.init", "stage2", "before stage1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_planning_with_one_message(checkout, plan, mistake):
+    edit, named = MISTAKES[mistake]
+    arguments = []
+    if isinstance(edit, tuple):
+        path, old, new = checkout / "configs" / edit[0], *edit[1:]
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+    else:
+        arguments = ["--config", *edit]
+    failed = plan(checkout, *arguments)
+    assert not failed.ok
+    assert "Traceback" not in failed.text
+    lines = [line for line in failed.text.splitlines() if all(word in line for word in named)]
+    assert len(lines) == 1, failed.text
+    assert failed.jobs == []
+    assert written(checkout) == []
+
+
+def test_the_command_itself_fails_on_a_mistake(checkout):
+    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--dry-run", "--config", "run=dmo"]
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "configs/dmo.yaml: no such file" in result.stdout + result.stderr

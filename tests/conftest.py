@@ -1,10 +1,13 @@
-"""Fixtures shared by all tests: a tiny latent diffusion model with a real tokenizer, and real shards of small images."""
+"""Fixtures of all tests: a tiny latent diffusion model with a real tokenizer, and real shards of small images."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -33,6 +36,22 @@ WORDS = [
     "of",
 ]
 SHARD_SIZES = (17, 5, 19)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(name: str):
+    """A command of workflow/scripts as a module, to call its functions."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "workflow/scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a command of workflow/scripts as a user does, from the repository's root."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "workflow")}
+    command = [sys.executable, f"workflow/scripts/{name}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="session")

@@ -104,9 +104,7 @@ def test_stratified_timesteps_take_one_from_each_slice(count):
     for _ in range(20):
         t = objective.sample_timesteps(count, STEPS, "stratified", generator)
         assert t.dtype == torch.int64 and t.shape == (count,) and 0 <= t.min() and t.max() < STEPS
-        slices = ((t.double() + 0.5) * count / STEPS).floor() if STEPS % count else (t * count // STEPS)
-        assert STEPS % count or sorted(slices.tolist()) == list(range(count))
-        gaps = t.sort().values.diff()
+        gaps = t.sort().values.diff()  # equal slices, the same offset in each
         assert all(STEPS // count <= gap <= math.ceil(STEPS / count) for gap in gaps)
 
 

@@ -1,4 +1,4 @@
-"""Every configuration plans with every profile, offline, before anything is there; a mistake ends planning with one message."""
+"""Every configuration plans with every profile, offline, before anything is there; a mistake ends with one message."""
 
 from __future__ import annotations
 

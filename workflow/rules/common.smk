@@ -10,7 +10,7 @@ LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
 from sdtrain import config as settings
 
-shell.prefix(f"export PYTHONPATH={LIBRARY}:$PYTHONPATH; ")
+shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; ")
 
 RUN = str(config.get("run", "demo"))
 OVERRIDES = config.get("set", [])
@@ -148,7 +148,18 @@ def score_model(wildcards):
 
 def score_text(wildcards):
     """The component that embeds captions for a fitted map: the run's own text encoder."""
-    return Path(load_run(wildcards.run).model.text_encoder.pretrained or "none").name
+    folder = load_run(wildcards.run).model.text_encoder.pretrained or ""
+    if not folder.startswith("resources/components/"):
+        where = f"configs/{wildcards.run}.yaml: evaluation.alignment"
+        raise WorkflowError(f"{where}: fitted needs a component as model.text_encoder.pretrained")
+    return Path(folder).name
+
+
+def score_networks(wildcards):
+    """The arguments that name the networks of a fitted map; a CLIP model has its own."""
+    if load_run(wildcards.run).evaluation.alignment != "fitted":
+        return ""
+    return f"features={feature_network(wildcards)} text=resources/components/{score_text(wildcards)}"
 
 
 def score_record(wildcards):

@@ -121,15 +121,13 @@ rule clip_score:
         "../../envs/train.yaml"
     params:
         model=score_model,
-        features=feature_network,
-        text=lambda w: f"resources/components/{score_text(w)}",
+        networks=score_networks,
     shell:
         "python workflow/scripts/clip_score.py"
         " config={input.config}"
         " samples={input.samples}"
         " model={params.model}"
-        " features={params.features}"
-        " text={params.text}"
+        " {params.networks}"
         " output={output}"
         " 2>&1 | tee {log}"
 

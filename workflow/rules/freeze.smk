@@ -8,5 +8,8 @@ rule freeze:
         "logs/{where}/config/{step}.log",
     params:
         text=slice_of,
-    run:
-        settings.write_text(output[0], params.text)
+    conda:
+        "../../envs/train.yaml"
+    shell:
+        "printf '%s' {params.text:q} > {output}.tmp 2> {log}"
+        " && mv {output}.tmp {output}"

@@ -17,10 +17,13 @@ rule train:
     conda:
         "../../envs/train.yaml"
     threads: 2
+    params:
+        milestones=lambda w: [m for m in milestones(w.run, w.stage) if m <= int(w.images)],
     resources:
         launch="torchrun --standalone --nproc_per_node 1",
     shell:
         "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"
         " experiment.stop_at={wildcards.images}"
+        " 'experiment.milestones={params.milestones}'"
         " 2>&1 | tee {log}"

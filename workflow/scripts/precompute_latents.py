@@ -16,7 +16,7 @@ from sdtrain import config, loader, models, shards
 
 def encode_shard(source: str, folder: Path, vae, resolution: int, settings, device) -> None:
     """Write the latents of one image shard as `folder`/{its name}; undecodable images are left out."""
-    samples, _ = loader.keep_samples(shards.index_tar(source), [loader.IMAGE_EXTENSIONS], None)
+    samples = [s for s in shards.index_tar(source) if any(e in s.fields for e in loader.IMAGE_EXTENSIONS)]
     target = folder / Path(source).name
     with shards.ShardWriter(folder / f".{target.stem}", samples_per_shard=len(samples)) as writer:
         for start in range(0, len(samples), settings.batch_size):

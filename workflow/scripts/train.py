@@ -33,9 +33,12 @@ def learning_rate(step: int, steps: int, schedule) -> float:
     return p.learning_rate * (p.final + (1 - p.final) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def generator_for(seed: int, step: int, micro: int, rank: int, device: torch.device) -> torch.Generator:
-    """Randomness of one micro-batch: it follows from its number, so a resume has no random state to restore."""
-    state = np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0]
+def generator_for(seed: int, position: int, device: torch.device) -> torch.Generator:
+    """Randomness of the micro-batch whose first image is number `position` of the run.
+
+    A resume has no random state to restore, and ranks or micro-batches that share a batch in another way draw the same.
+    """
+    state = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
@@ -135,7 +138,8 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if here.size > 1 else unet
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.model.mixed_precision == "bf16")
     if here.main:
-        about = f"{len(dataset):,} samples ({dataset.dropped or 'none'} dropped), {unet.num_parameters() / 1e6:.1f} M weights"
+        about = f"{len(dataset):,} samples ({dataset.dropped or 'none'} dropped)"
+        about += f", {unet.num_parameters() / 1e6:.1f} M weights"
         about += f", world size {here.size}, global batch {global_batch}, steps {first:,} to {last:,} of {steps:,}"
         print(f"{folder}: {about}", flush=True)
     telemetry = Telemetry(
@@ -157,7 +161,8 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
             begin = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - begin
-            rng = generator_for(e.seed, step, micro, here.rank, device)
+            part = (step * cfg.system.gradient_accumulation + micro) * here.size + here.rank
+            rng = generator_for(e.seed, part * cfg.system.batch_size, device)
             final = micro + 1 == cfg.system.gradient_accumulation
             with autocast, contextlib.nullcontext() if final or here.size == 1 else model.no_sync():
                 with torch.no_grad():

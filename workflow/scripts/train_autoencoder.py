@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 
-from sdtrain import checkpoint, config, loader, shards
+from sdtrain import checkpoint, config, loader, models, shards
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry
 
@@ -104,7 +104,10 @@ def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -
     }
 
     # Model, optimizer, average
-    vae = AutoencoderKL(**OmegaConf.to_container(settings.params)).to(device, memory_format=torch.channels_last)
+    try:
+        vae = AutoencoderKL(**OmegaConf.to_container(settings.params)).to(device, memory_format=torch.channels_last)
+    except (TypeError, ValueError) as error:
+        raise models.ModelError(f"params: AutoencoderKL refuses them: {error}") from error
     ema = Ema(vae, settings.ema_decay)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     steps = settings.num_examples_to_see // settings.batch_size
@@ -189,9 +192,11 @@ def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -
 
 def main(argv: list[str]) -> None:
     settings, own = config.command_line(argv, config.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
+    output = Path(own["output"])
     try:
-        train(settings, own["train"], own["held_out"], Path(own["output"]))
-    except (shards.ShardError, loader.DataError, checkpoint.CheckpointError) as error:
+        with checkpoint.lock(output.with_suffix("") / "checkpoints"):
+            train(settings, own["train"], own["held_out"], output)
+    except (shards.ShardError, loader.DataError, models.ModelError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -494,8 +494,12 @@ def _set_milestones(experiment: DictConfig, where: str) -> None:
 
 
 def freeze_stage(config: DictConfig) -> DictConfig:
-    """A stage's configuration as a file may hold it: without the secret, with its fingerprint as planned."""
-    return OmegaConf.merge(config, {"frozen": stage_fingerprint(config), "wandb": {"api_key": None}})
+    """A stage's configuration as a file may hold it: without the secret, with its fingerprint as planned.
+
+    Milestones are left out: each job gets those up to its own, so that a new one leaves the earlier ones as they are.
+    """
+    changes = {"frozen": stage_fingerprint(config), "wandb": {"api_key": None}, "experiment": {"milestones": []}}
+    return OmegaConf.merge(config, changes)
 
 
 def _dataset_path(run: DictConfig, stage: DictConfig) -> str | None:

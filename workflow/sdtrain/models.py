@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
 
+transformers.utils.logging.disable_progress_bar()  # a frozen part is read in a blink
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 

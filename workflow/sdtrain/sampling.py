@@ -8,7 +8,11 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from PIL import Image
+
+transformers.utils.logging.disable_progress_bar()  # a pipeline's parts are read in a blink
+diffusers.utils.logging.disable_progress_bar()
 
 
 def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> diffusers.StableDiffusionPipeline:

@@ -88,6 +88,7 @@ def start_wandb(cfg, folder: Path, run_id: str):
     mode = os.environ.get("WANDB_MODE") or cfg.wandb.mode or ("online" if key else "offline")
     if mode == "disabled":
         return None
+    sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith("wandb.api_key=")]  # wandb records the command line
     import wandb  # here: a second of start-up that only the main rank of a real training pays
 
     if cfg.wandb.api_key:

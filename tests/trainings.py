@@ -88,6 +88,8 @@ def trainer(log: Path):
 
 def kill_all(process: subprocess.Popen) -> None:
     """kill -9 of a launcher and of all that it started."""
+    if process.poll() is not None:
+        return
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         member.kill()

@@ -21,6 +21,7 @@ from trainings import SCRIPTS, TORCHRUN, environment, kill_all
 from sdtrain import config, loader
 
 RUN = Path("logs/tiny/stage1")
+pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
 
 
 def weights(pipeline: Path) -> dict[str, torch.Tensor]:
@@ -69,14 +70,14 @@ def whole_and_killed(tmp_path_factory, stage_yaml) -> tuple[Path, Path]:
     """The folders of a training left alone, and of one killed after a checkpoint and started again."""
     whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole", "killed"))
     process = torchrun(killed, stage_yaml)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not list(killed.glob("logs/tiny/stage1/checkpoints/*/*.pt")):
         assert process.poll() is None and time.monotonic() < deadline, (killed / "output").read_text()
         time.sleep(0.005)
     kill_all(process)
     assert not (killed / RUN / "240/train.json").exists()
     for folder in (killed, whole):
-        assert torchrun(folder, stage_yaml).wait(timeout=150) == 0, (folder / "output").read_text()
+        assert torchrun(folder, stage_yaml).wait(timeout=200) == 0, (folder / "output").read_text()
     return whole, killed
 
 
@@ -94,8 +95,9 @@ def test_killed_and_resumed_is_bit_identical_to_left_alone(whole_and_killed):
     whole, killed = (folder / RUN for folder in whole_and_killed)
     a, b = last_checkpoint(whole), last_checkpoint(killed)
     assert same(a["unet"], b["unet"])
-    assert same(a["ema"], b["ema"])
-    assert not same(a["unet"], {k: a["ema"].get(k, v) for k, v in a["unet"].items()})
+    assert same(a["ema"]["weights"], b["ema"]["weights"])
+    assert a["ema"]["updates"] == b["ema"]["updates"] == 60
+    assert not same(a["unet"], a["ema"]["weights"])
     assert same(weights(whole / "pipeline"), weights(killed / "pipeline"))
     for moments in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
         assert same(*moments)

@@ -21,6 +21,7 @@ from trainings import environment, kill_all
 RUN = Path("results/runs/tiny")
 COLOURS = ("red", "green", "blue", "white", "black")
 IMAGES, LOST = 60, 3
+pytestmark = pytest.mark.timeout(900)  # the first test of a run waits for it, on a busy machine too
 
 DATA = """
 table:
@@ -120,18 +121,28 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.Popen:
 @pytest.fixture(scope="module")
 def finished(checkout) -> Path:
     """The run, killed with all its processes once stage 1 has left a checkpoint, then unlocked and finished."""
-    first, deadline = snakemake(checkout), time.monotonic() + 200
-    while not list(checkout.glob(f"{RUN}/stage1/checkpoints/*/*.pt")):
-        assert first.poll() is None and time.monotonic() < deadline, (checkout / "output").read_text()
-        time.sleep(0.01)
-    kill_all(first)
+    first, deadline = snakemake(checkout), time.monotonic() + 300
+    try:
+        while not list(checkout.glob(f"{RUN}/stage1/checkpoints/*/*.pt")):
+            assert first.poll() is None and time.monotonic() < deadline, (checkout / "output").read_text()
+            time.sleep(0.01)
+    finally:
+        kill_all(first)
     assert not (checkout / RUN / "stage1/800/train.json").exists()
     assert snakemake(checkout, "--unlock").wait(timeout=60) == 0
     assert snakemake(checkout).wait(timeout=280) == 0, (checkout / "output").read_text()
     return checkout
 
 
-@pytest.mark.timeout(600)
+def test_a_failing_step_ends_the_run_with_its_message(checkout):
+    (checkout / "configs/data/lost.yaml").write_text("table: {path: images/lost.csv}")
+    assert snakemake(checkout, "--", "results/data/lost/table.parquet").wait(timeout=60) == 1
+    said = (checkout / "output").read_text()
+    assert len([line for line in said.splitlines() if line.startswith("error: ") and "images/lost.csv" in line]) == 1
+    assert "Error in rule fetch_table" in said and "completed successfully" not in said
+    assert sorted(path.name for path in (checkout / "results/data/lost").iterdir()) == ["config"]
+
+
 def test_the_run_goes_on_where_it_was_killed(finished):
     said = (finished / "logs/runs/tiny/stage1/800/train.log").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("resumed at")]

@@ -51,6 +51,7 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(loader.order(0, 0, 50), loader.order(1, 0, 50))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4")
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_ranks_and_workers_share_the_epoch_out(dataset, world_size, workers):

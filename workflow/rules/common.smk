@@ -10,7 +10,8 @@ LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
 from sdtrain import config as settings
 
-shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; ")
+# a prefix of one's own takes the place of Snakemake's strict mode, without which `| tee` hides a failure
+shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; set -euo pipefail; ")
 
 RUN = str(config.get("run", "demo"))
 OVERRIDES = config.get("set", [])

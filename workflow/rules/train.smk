@@ -18,7 +18,7 @@ rule train:
         "../../envs/train.yaml"
     threads: 2
     params:
-        milestones=lambda w: [m for m in milestones(w.run, w.stage) if m <= int(w.images)],
+        milestones=lambda w: str([m for m in milestones(w.run, w.stage) if m <= int(w.images)]),
     resources:
         launch="torchrun --standalone --nproc_per_node 1",
     shell:

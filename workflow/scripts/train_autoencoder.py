@@ -177,7 +177,8 @@ def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -
         "held_out": quality,
         "images_seen": steps * settings.batch_size,
         "minutes": round((time.time() - started) / 60, 1),
-        "config": config.canonical(settings),
+        "config": OmegaConf.to_container(settings),
+        "command": " ".join(["python", *sys.argv]),
         "code": config.code_digest(),
         "torch": torch.__version__,
     }

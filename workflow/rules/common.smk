@@ -65,8 +65,8 @@ def slice_of(wildcards):
     elif wildcards.step == "evaluate":
         part = load_run(name).evaluation
     else:
-        return OmegaConf.to_yaml(settings.freeze_stage(load_stage(name, stage)))
-    return OmegaConf.to_yaml(part, resolve=True)
+        return OmegaConf.to_yaml(settings.freeze_stage(load_stage(name, stage)), sort_keys=True)
+    return OmegaConf.to_yaml(part, resolve=True, sort_keys=True)
 
 
 def components_of(model):

@@ -6,10 +6,9 @@ rule freeze:
         "{where}/config/{step}.yaml",
     log:
         "logs/{where}/config/{step}.log",
-    params:
-        text=slice_of,
     conda:
         "../../envs/train.yaml"
+    params:
+        text=slice_of,
     shell:
-        "printf '%s' {params.text:q} > {output}.tmp 2> {log}"
-        " && mv {output}.tmp {output}"
+        "printf '%s' {params.text:q} > {output}.tmp 2> {log} && mv {output}.tmp {output}"

@@ -17,10 +17,10 @@ rule train:
     conda:
         "../../envs/train.yaml"
     threads: 2
-    params:
-        milestones=lambda w: str([m for m in milestones(w.run, w.stage) if m <= int(w.images)]),
     resources:
         launch="torchrun --standalone --nproc_per_node 1",
+    params:
+        milestones=lambda w: str([m for m in milestones(w.run, w.stage) if m <= int(w.images)]),
     shell:
         "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"

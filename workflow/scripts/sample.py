@@ -25,6 +25,8 @@ def choose_prompts(settings, stage, held_out: str) -> tuple[list[str], list[dict
     if settings.prompts:
         lines = [line.strip() for line in Path(settings.prompts).read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if line]
+        if not lines:
+            raise loader.DataError(f"evaluation.prompts: {settings.prompts}: no prompt in it; write one a line")
         prompts = [lines[i % len(lines)] for i in range(settings.num_images)]
     else:
         prompts = captions_of(seen, settings.num_images)

@@ -11,8 +11,10 @@ import torch
 import transformers
 from PIL import Image
 
-transformers.utils.logging.disable_progress_bar()  # a pipeline's parts are read in a blink
-diffusers.utils.logging.disable_progress_bar()
+# A pipeline's parts are read in a blink; that a text encoder is no CLIP, or torchvision is not here, harms nothing
+for library in (transformers, diffusers):
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
 
 
 def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> diffusers.StableDiffusionPipeline:

@@ -104,6 +104,7 @@ def test_processes_that_cannot_meet_say_where(alone):
 
 
 PROGRAM = """
+import os, sys
 import torch
 from sdtrain import dist
 here, device = dist.start("gloo", timeout_minutes=1)
@@ -111,7 +112,8 @@ device = torch.device("cpu")
 average = dist.mean(torch.tensor([float(here.rank), 10.0]))
 answers = [dist.any_rank(here.rank == 1, device), dist.any_rank(False, device)]
 dist.barrier()
-print(here.rank, here.size, here.launcher, average.tolist(), answers, flush=True)
+line = f"{here.rank} {here.size} {here.launcher} {average.tolist()} {answers}\\n"
+os.write(sys.stdout.fileno(), line.encode())  # in one piece: both ranks write to one pipe
 dist.stop()
 """
 

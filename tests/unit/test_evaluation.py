@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from samples import make_sample, write_tar
 
 from sdtrain import evaluation, features, loader, shards
 from sdtrain.config import read_json, write_json, write_text

@@ -11,11 +11,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import draw, jpeg, make_sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
+from samples import draw, jpeg, make_sample, write_tar
 
 from sdtrain import config, loader, shards
 from sdtrain.loader import DataError

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, make_sample, run_script, write_tar
 from safetensors.torch import load
+from samples import load_script, make_sample, run_script, write_tar
 
 from sdtrain import config, loader, models, shards
 

@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import make_sample, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from samples import make_sample, write_tar
 
 from sdtrain import shards
 from sdtrain.config import read_json, write_json, write_text

@@ -8,9 +8,9 @@ import shutil
 import tarfile
 
 import pytest
-from conftest import make_sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import make_sample, write_tar
 
 from sdtrain import shards
 from sdtrain.shards import ShardError, ShardWriter, index_tar, read_manifest, write_manifest

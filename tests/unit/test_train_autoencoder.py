@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load_script, make_sample, run_script, write_tar
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from samples import load_script, make_sample, run_script, write_tar
 
 from sdtrain import shards
 

@@ -97,6 +97,14 @@ MISTAKES = {
         ["configs/demo.yaml", "stage1", "resolutoin", "did you mean", "resolution"],
     ),
     "unknown section": ((DEMO, "objectives", {}), ["configs/demo.yaml", "objectives", "did you mean objective"]),
+    "malformed predicate": (
+        ("data/emoji.yaml", "select/filters/original_width", "=>256"),
+        ["configs/data/emoji.yaml", "select.filters", "original_width", "=>256"],
+    ),
+    "malformed predicate of a run": (
+        (DEMO, "dataset/params/filters/group", "in [smileys"),
+        ["configs/demo.yaml", "dataset.params.filters", "group", "in [smileys"],
+    ),
     "wrong type": ((DEMO, "system/batch_size", "many"), ["configs/demo.yaml", "system.batch_size", "many"]),
     "left open": (
         (DEMO, "stages/stage1/experiment/num_examples_to_see", "???"),

@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
 from sdtrain import config as settings
+from sdtrain import predicates
 
 # a prefix of one's own takes the place of Snakemake's strict mode, without which `| tee` hides a failure
 shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; set -euo pipefail; ")
@@ -81,10 +82,18 @@ def check(run):
     named = {evaluation.features, evaluation.alignment} - {None, "fitted"}
     for stage in load_run(run).stages:
         named |= {Path(record).stem for record in components_of(load_stage(run, stage).model)}
+        check_filters(f"configs/{run}.yaml: dataset.params.filters", load_stage(run, stage).dataset.params.filters)
     for name in sorted(named):
         load_component(name)
-    if load_run(run).data:
-        load_data(load_run(run).data)
+    if data := load_run(run).data:
+        check_filters(f"configs/data/{data}.yaml: select.filters", load_data(data).select.filters)
+
+
+def check_filters(where, filters):
+    try:
+        predicates.parse(OmegaConf.to_container(filters) if filters else None)
+    except predicates.PredicateError as error:
+        raise WorkflowError(f"{where}: {error}") from None
 
 
 check(RUN)

@@ -76,7 +76,10 @@ class Telemetry:
         if self.log_file:
             self.log_file.close()
         if self.wandb:
+            import wandb
+
             self.wandb.finish()
+            wandb.teardown()  # waits for its service process, which writes the file
 
 
 def start_wandb(cfg, folder: Path, run_id: str):
@@ -93,6 +96,7 @@ def start_wandb(cfg, folder: Path, run_id: str):
 
     if cfg.wandb.api_key:
         os.environ["WANDB_API_KEY"] = cfg.wandb.api_key
+    os.environ.pop("WANDB_SERVICE", None)  # a parent's service process would outlive a kill and hold the run's id
     plain = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("wandb")
     return wandb.init(

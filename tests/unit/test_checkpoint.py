@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,17 @@ def test_the_lock_keeps_a_second_trainer_out_until_the_first_is_gone(tmp_path):
     for _ in range(2):
         with checkpoint.lock(tmp_path / "run"):
             pass
+
+
+def test_a_second_trainer_may_wait_for_the_end_of_the_first(tmp_path, capsys):
+    holder = python(HOLD, tmp_path / "run")
+    assert holder.stdout.readline() == "held\n"
+    end = threading.Timer(1.0, holder.kill)
+    end.start()
+    with checkpoint.lock(tmp_path / "run", wait_minutes=1.0):
+        assert holder.wait(timeout=60) != 0
+    assert "waiting for its end" in capsys.readouterr().out
+    holder.communicate()
 
 
 # ---------------------------------------------------------------- folders and links

@@ -25,5 +25,6 @@ rule train:
         "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"
         " experiment.stop_at={wildcards.images}"
+        " experiment.wait_minutes=20"
         " 'experiment.milestones={params.milestones}'"
         " 2>&1 | tee {log}"

@@ -95,6 +95,12 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
     sources = source_fingerprints(cfg)
     key = config.fingerprint(config.stage_fingerprint(cfg), sources, global_batch)
     saves = folder / "checkpoints" / key
+    result = folder / str(milestone)
+    dist.barrier()  # the main rank may have waited for another trainer's end
+    if config.record_fingerprint(result / "train.json") == key:
+        if here.main:
+            print(f"{result / 'train.json'}: finished already", flush=True)
+        return
     if here.main:
         checkpoint.start_milestone(saves, milestone, previous)
         if not e.requeue:
@@ -216,7 +222,6 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
 
     # Export
     if here.main:
-        result = folder / str(milestone)
         pipeline = checkpoint.export_pipeline(result / "pipeline", parts, ema.module if ema else unet)
         checkpoint.point_link(folder / "pipeline", pipeline)
         if e.eval_caption_file:
@@ -254,7 +259,7 @@ def main(argv: list[str]) -> None:
     d = cfg.distributed
     try:
         here, device = dist.start(cfg.system.dist_backend, cfg.system.dist_url, d.timeout_minutes)
-        with checkpoint.lock(run_folder(cfg)) if here.main else contextlib.nullcontext():
+        with checkpoint.lock(run_folder(cfg), cfg.experiment.wait_minutes) if here.main else contextlib.nullcontext():
             train(cfg, here, device)
     except expected as error:
         print(

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,15 +89,28 @@ def finish_milestone(folder: str | Path, images: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """Keep a second trainer out of `folder`. The kernel drops the lock with the process, so it never goes stale."""
+def lock(folder: str | Path, wait_minutes: float = 0.0) -> Iterator[None]:
+    """Keep a second trainer out of `folder`, or let it wait for the first one's end.
+
+    The kernel drops the lock with the process, so it never goes stale. Raises CheckpointError once the wait is over.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{folder}: another process is training here; wait for it or end it") from None
+        end = time.monotonic() + 60 * wait_minutes
+        while not _locked(file):
+            if time.monotonic() >= end:
+                raise CheckpointError(f"{folder}: another process is training here; wait for it or end it")
+            print(f"{folder}: another process is training here; waiting for its end", flush=True)
+            time.sleep(min(10.0, max(0.1, end - time.monotonic())))
         yield
+
+
+def _locked(file) -> bool:
+    """Take the file's lock if it is free."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def replace_folder(aside: Path, folder: Path) -> None:

@@ -62,7 +62,8 @@ class ExperimentConfig:
     stop_at: int | None = None  # end this job at that milestone; the schedule still spans the whole stage
     save_every: int = 2000  # optimizer steps between rolling checkpoints
     save_only_most_recent: bool = True
-    requeue: bool = True
+    requeue: bool = True  # go on from the folder's checkpoint; without it, start anew
+    wait_minutes: float = 0.0  # for another process that is training in the folder, before giving up
     eval_caption_file: str | None = None
     num_eval_images: int = 8
     log_every: int = 10  # optimizer steps between log lines
@@ -543,7 +544,10 @@ VOLATILE = [
 VOLATILE += [
     f"experiment.{k}" for k in ("log_dir", "project", "name", "milestones", "stop_at", "save_every", "log_every")
 ]
-VOLATILE += [f"experiment.{k}" for k in ("save_only_most_recent", "requeue", "eval_caption_file", "num_eval_images")]
+VOLATILE += [
+    f"experiment.{k}"
+    for k in ("save_only_most_recent", "requeue", "wait_minutes", "eval_caption_file", "num_eval_images")
+]
 VOLATILE += ["dataset.params.path", "dataset.params.workers", "dataset.params.num_examples_to_see", "init"]
 
 

@@ -136,12 +136,16 @@ def selection_of(dataset, split):
 
 
 # ---- evaluation
+def data_folder(wildcards):
+    return f"results/data/{load_run(wildcards.run).data}"
+
+
 def held_out(wildcards):
-    return f"results/data/{load_run(wildcards.run).data}/held_out/shards/manifest.json"
+    return f"{data_folder(wildcards)}/held_out/shards/manifest.json"
 
 
 def images_of(wildcards):
-    return f"results/data/{load_run(wildcards.run).data}/train/shards/manifest.json"
+    return f"{data_folder(wildcards)}/train/shards/manifest.json"
 
 
 def feature_network(wildcards):
@@ -153,7 +157,7 @@ def score_model(wildcards):
     run = load_run(wildcards.run)
     if run.evaluation.alignment != "fitted":
         return f"resources/components/{run.evaluation.alignment}"
-    return f"results/data/{run.data}/alignment/{run.evaluation.features}-{score_text(wildcards)}.safetensors"
+    return f"{data_folder(wildcards)}/alignment/{run.evaluation.features}-{score_text(wildcards)}.safetensors"
 
 
 def score_text(wildcards):
@@ -193,5 +197,5 @@ def measured(wildcards):
 
 def yields(wildcards):
     """The yield table, where the dataset was selected from a table."""
-    data = load_run(wildcards.run).data
-    return [] if load_data(data).shards.path else f"results/data/{data}/yields.json"
+    selected = not load_data(load_run(wildcards.run).data).shards.path
+    return f"{data_folder(wildcards)}/yields.json" if selected else []

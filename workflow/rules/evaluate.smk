@@ -148,7 +148,7 @@ rule report:
         "../../envs/train.yaml"
     params:
         rows=lambda w: ",".join(rows(w)),
-        data=lambda w: f"results/data/{load_run(w.run).data}",
+        data=data_folder,
     shell:
         "python workflow/scripts/report.py"
         " run={wildcards.run}"

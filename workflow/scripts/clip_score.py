@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sdtrain import config as cf
-from sdtrain import evaluation, features
+from sdtrain import dist, evaluation, features
 
 TEXT_BATCH = 64
 
@@ -42,7 +42,7 @@ def measure(config, own: dict[str, str]) -> dict:
 
 def open_clip(own: dict[str, str]):
     """Name, image network, text network and pairwise score of a CLIP model."""
-    scorer = features.ClipScorer(own["model"], evaluation.device())
+    scorer = features.ClipScorer(own["model"], dist.only_device())
 
     def embed_text(captions: list[str]) -> torch.Tensor:
         batches = [captions[i : i + TEXT_BATCH] for i in range(0, len(captions), TEXT_BATCH)]
@@ -57,7 +57,7 @@ def open_alignment(own: dict[str, str]):
     _, about = evaluation.load_tensors(own["model"])
     if not (own["features"] and own["text"]):
         raise evaluation.EvaluationError(f"{own['model']}: a fitted alignment needs features=… and text=… folders")
-    network = features.image_features(own["features"], evaluation.device())
+    network = features.image_features(own["features"], dist.only_device())
     for key, fitted, given in (
         ("features", alignment.image_network, network.name),
         ("text", alignment.text_encoder, Path(own["text"]).name),

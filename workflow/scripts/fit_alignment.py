@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sdtrain import config as cf
-from sdtrain import evaluation, features, loader, shards
+from sdtrain import dist, evaluation, features, loader, shards
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
 def fit(own: dict[str, str]) -> None:
     """Write the alignment; the metadata tell how well it does on the held-out images."""
-    network, output = features.image_features(own["features"], evaluation.device()), Path(own["output"])
+    network, output = features.image_features(own["features"], dist.only_device()), Path(own["output"])
     resolution = evaluation.positive(own["resolution"], "resolution")
 
     def embed(manifest: str, label: str):

@@ -6,7 +6,7 @@ import json
 import sys
 
 from sdtrain import config as cf
-from sdtrain import evaluation, features
+from sdtrain import dist, evaluation, features
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +27,7 @@ def measure(own: dict[str, str]) -> dict:
     samples = evaluation.read_samples(own["samples"])
     tensors, about = evaluation.load_tensors(own["reference"], "mean", "covariance", "features")
     reference = json.loads(about.get("record", "{}"))
-    network = features.image_features(own["features"], evaluation.device())
+    network = features.image_features(own["features"], dist.only_device())
     for key, value in (("network", network.name), ("resolution", samples["resolution"])):
         if reference.get(key) != value:
             raise evaluation.EvaluationError(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from sdtrain import config, loader, models, shards
+from sdtrain import config, dist, loader, models, shards
 
 
 def encode_shard(source: str, folder: Path, vae, resolution: int, settings, device) -> None:
@@ -50,7 +50,7 @@ def precompute(settings, vae_folder: str, resolution: int, images: str, output: 
     }
     made_by["resolution"] = resolution
     folder = output.parent / config.fingerprint(made_by)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = dist.only_device()
     part = config.load(config.ModelConfig, values={"vae": {"pretrained": vae_folder}})
     vae = models.load_part("vae", part).to(device)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import json
 import sys
 
 from sdtrain import config as cf
-from sdtrain import evaluation, features, loader, predicates, shards
+from sdtrain import dist, evaluation, features, loader, predicates, shards
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +27,7 @@ def measure(config, own: dict[str, str]) -> None:
     """Write mean, covariance and features of the held-out images; the floor and the counts are in the metadata."""
     resolution = evaluation.positive(own["resolution"], "resolution")
     stage = cf.require(cf.load(cf.StageConfig, own["filters_from"]), own["filters_from"]).dataset
-    network = features.image_features(own["features"], evaluation.device())
+    network = features.image_features(own["features"], dist.only_device())
     held_out = open_images(own["held_out_manifest"], stage, resolution, config.seed)
     train = open_images(own["train_manifest"], stage, resolution, config.seed)
     real, _ = evaluation.dataset_features(network, held_out, len(held_out), "held-out images")

@@ -4,10 +4,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from sdtrain import checkpoint, config, loader, models, sampling, shards
+from sdtrain import checkpoint, config, dist, loader, models, sampling, shards
 
 
 def captions_of(dataset: loader.PositionDataset, count: int) -> list[str]:
@@ -40,7 +39,7 @@ def choose_prompts(settings, stage, held_out: str) -> tuple[list[str], list[dict
 
 def sample(settings, stage, trained: dict, held_out: str, output: Path) -> dict:
     """Write the PNGs and grids aside, move them into place, and return the record."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = dist.only_device()
     prompts, grids = choose_prompts(settings, stage, held_out)
     pipe = sampling.load_pipeline(trained["pipeline"], device)
     options = {"guidance_scale": settings.guidance_scale, "steps": settings.num_inference_steps, "seed": settings.seed}

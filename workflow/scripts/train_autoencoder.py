@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 
-from sdtrain import checkpoint, config, loader, models, shards
+from sdtrain import checkpoint, config, dist, loader, models, shards
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry
 
@@ -92,7 +92,7 @@ def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = dist.only_device()
 
     # Data: crops at one to two times the resolution, so that the latents serve a stage and the next one
     dataset = loader.ImageDataset(

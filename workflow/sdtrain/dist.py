@@ -42,6 +42,11 @@ def world(environ: dict[str, str] | None = None) -> World:
     return World(0, 1, 0, "single")
 
 
+def only_device() -> torch.device:
+    """The device of a command that runs as one process: the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def start(backend: str | None = None, url: str = "env://", timeout_minutes: float = 30.0) -> tuple[World, torch.device]:
     """Join the process group (none for one process) and return this process's place and device.
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from sdtrain import features
+from sdtrain import dist, features
 from sdtrain.config import read_json
 from sdtrain.loader import ImageDataset
 
@@ -29,11 +29,6 @@ PAIRED = 5000  # images a side of a kernel distance at most: it holds every pair
 
 class EvaluationError(ValueError):
     """An evaluation that cannot go on; the message names the file and the remedy."""
-
-
-def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---------------------------------------------------------------- images -> features
@@ -63,7 +58,8 @@ def sample_features(network: Network, samples: dict, label: str) -> torch.Tensor
 
 def embed(network: Network, images: Iterator[torch.Tensor], total: int, label: str) -> torch.Tensor:
     """float32 features N x D of uint8 images 3 x H x W, in batches, with a progress bar."""
-    size = 4 if device().type == "cpu" else 64  # on a CPU, memory for larger activations costs more than it saves
+    # on a CPU, memory for larger activations costs more than it saves
+    size = 4 if dist.only_device().type == "cpu" else 64
     parts, every = [], 1 if sys.stderr.isatty() else 10  # seconds between the bar's updates: few in a log
     with tqdm(total=total, desc=label, unit="img", mininterval=every, maxinterval=every) as bar:
         while batch := list(islice(images, size)):

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from trainings import SCRIPTS, TORCHRUN, environment, kill_all
 
-from sdtrain import config, loader
+from sdtrain import config, loader, schema
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
@@ -145,7 +145,7 @@ def test_ranks_share_the_samples_of_one_process(image_shards, world_size):
 def frozen_yaml(stage_values, tmp_path_factory) -> str:
     """The stage as the workflow freezes it."""
     path = tmp_path_factory.mktemp("frozen") / "train.yaml"
-    stage = config.require(config.load(config.StageConfig, values=stage_values), "test")
+    stage = config.require(config.load(schema.StageConfig, values=stage_values), "test")
     config.write_text(path, yaml.safe_dump(config.OmegaConf.to_container(config.freeze_stage(stage), resolve=True)))
     return str(path)
 

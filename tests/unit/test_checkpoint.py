@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdtrain import checkpoint, config, models, sampling
+from sdtrain import checkpoint, config, models, sampling, schema
 from sdtrain.checkpoint import CheckpointError
 
 LIBRARY = Path(__file__).resolve().parents[2] / "workflow"
@@ -181,7 +181,7 @@ def parts(tiny_parts, tiny_unet_params, tmp_path):
     values = {part: {"pretrained": str(tmp_path / "project/components")} for part in models.PARTS}
     unet = {"target": "UNet2DConditionModel", "params": tiny_unet_params}
     torch.manual_seed(0)
-    return models.load_parts(config.load(config.ModelConfig, values={**values, "unet": unet}))
+    return models.load_parts(config.load(schema.ModelConfig, values={**values, "unet": unet}))
 
 
 def image(folder: Path):

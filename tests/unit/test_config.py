@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sdtrain import config
+from sdtrain import config, schema
 from sdtrain.config import ConfigError
 
 DATA = Path(__file__).parent / "data"
@@ -26,7 +26,7 @@ PARTS = [f"model.{part}.pretrained=sd" for part in ("vae", "text_encoder", "toke
 
 
 def stage(text: str = "", *overrides: str):
-    return config.load(config.StageConfig, overrides=[*FILLED, *overrides], values=OmegaConf.create(text))
+    return config.load(schema.StageConfig, overrides=[*FILLED, *overrides], values=OmegaConf.create(text))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def project(tmp_path, monkeypatch):
 def test_defaults_then_file_then_command_line(tmp_path):
     file = tmp_path / "stage.yaml"
     file.write_text("system: {batch_size: 8, workers: 2}\noptimizer: {params: {learning_rate: 1e-3}}\n")
-    cfg = config.load(config.StageConfig, file, ["system.workers=3", "dataset.params.filters.width='>=512'"])
+    cfg = config.load(schema.StageConfig, file, ["system.workers=3", "dataset.params.filters.width='>=512'"])
     assert (cfg.system.gradient_accumulation, cfg.system.batch_size, cfg.system.workers) == (1, 8, 3)
     assert cfg.dataset.params.filters == {"width": ">=512"}
     assert cfg.lr_scheduler.params.learning_rate == cfg.optimizer.params.learning_rate == 0.001
@@ -62,7 +62,7 @@ def test_interpolations_follow_what_they_name():
 
 
 def test_open_values_are_listed_with_a_remedy():
-    cfg = config.load(config.StageConfig, values={"experiment": {"name": "n"}})
+    cfg = config.load(schema.StageConfig, values={"experiment": {"name": "n"}})
     with pytest.raises(ConfigError) as error:
         config.require(cfg, "run.yaml")
     message = str(error.value)
@@ -108,7 +108,7 @@ def test_refusals_name_file_and_key(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as error:
-        config.load(config.StageConfig, file)
+        config.load(schema.StageConfig, file)
     assert str(error.value).startswith(f"{file}: ")
     assert message in str(error.value)
 
@@ -121,27 +121,27 @@ def test_refusals_of_the_command_line_say_so():
     with pytest.raises(ConfigError, match="^command line: system.workers: Value 'x'"):
         stage("", "system.workers=x")
     with pytest.raises(ConfigError, match="^command line: experiment.milestones=.1: not key=value in YAML's notation"):
-        config.load(config.StageConfig, overrides=["experiment.milestones=[1"])
+        config.load(schema.StageConfig, overrides=["experiment.milestones=[1"])
 
 
 def test_absent_file_names_its_neighbour(tmp_path):
     (tmp_path / "demo.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"dmeo.yaml: no such file; did you mean .*/demo.yaml\?"):
-        config.load(config.StageConfig, tmp_path / "dmeo.yaml")
+        config.load(schema.StageConfig, tmp_path / "dmeo.yaml")
 
 
 @settings(max_examples=25, deadline=None)
 @given(depth=st.lists(st.sampled_from(["optimizer", "params"]), max_size=2, unique=True), key=st.text(min_size=1))
 def test_any_unknown_key_is_refused(depth, key):
     path = [name for name in ("optimizer", "params") if name in depth] if "optimizer" in depth else []
-    schema = {(): config.StageConfig, ("optimizer",): config.OptimizerConfig}.get(tuple(path), config.OptimizerParams)
+    root = {(): schema.StageConfig, ("optimizer",): schema.OptimizerConfig}.get(tuple(path), schema.OptimizerParams)
     values = {key: 1}
     for name in reversed(path):
         values = {name: values}
-    if key in schema.__dataclass_fields__:
+    if key in root.__dataclass_fields__:
         return
     with pytest.raises(ConfigError, match="unknown key"):
-        config.load(config.StageConfig, values=values)
+        config.load(schema.StageConfig, values=values)
 
 
 # ---------------------------------------------------------------- runs and stages
@@ -278,14 +278,14 @@ def test_a_component_by_name(project):
 @pytest.mark.parametrize("name", ["seed_template", "seed_finetuning"])
 def test_the_seeds_files_load_unchanged(name):
     filled = [*FILLED, *PARTS, "model.pretrained=sd", "experiment.eval_caption_file=c.txt"]
-    cfg = config.require(config.load(config.StageConfig, DATA / f"{name}.yaml", filled), name)
+    cfg = config.require(config.load(schema.StageConfig, DATA / f"{name}.yaml", filled), name)
     assert (cfg.model.mixed_precision, cfg.model.gradient_checkpointing, cfg.model.xformers) == ("bf16", True, True)
     assert (cfg.system.dist_backend, cfg.dataset.params.num_examples_to_see) == ("nccl", 100)
     assert cfg.optimizer.params.epsilon == 1e-8 and cfg.lr_scheduler.params.learning_rate == 1e-4
 
 
 def test_the_seeds_template_keeps_its_values_and_its_open_places():
-    cfg = config.load(config.StageConfig, DATA / "seed_template.yaml")
+    cfg = config.load(schema.StageConfig, DATA / "seed_template.yaml")
     assert cfg.dataset.params.filters == {"pwatermark": "<=0.5"}
     assert cfg.model.unet.target == "UNet2DConditionModel" and cfg.model.unet.params.norm_eps == 1e-05
     open_places = (
@@ -307,7 +307,7 @@ def test_open_places_are_closed_by_the_command_line_alone():
 
 
 def test_the_seeds_unet_block_is_a_part():
-    cfg = config.load(config.ModelConfig, DATA / "seed_unet.yaml")
+    cfg = config.load(schema.ModelConfig, DATA / "seed_unet.yaml")
     assert cfg.unet.target == "diffusers.UNet2DConditionModel" and cfg.unet.params.block_out_channels == [
         320,
         640,
@@ -322,9 +322,9 @@ def test_freezing_drops_the_key_and_keeps_interpolations(project):
     cfg = config.load_stage("r", "stage1", ["wandb.api_key=secret-key"])
     text = OmegaConf.to_yaml(config.freeze_stage(cfg))
     assert "secret-key" not in text and "${system.batch_size}" in text
-    again = config.load(config.StageConfig, values=OmegaConf.create(text))
+    again = config.load(schema.StageConfig, values=OmegaConf.create(text))
     assert again.frozen == config.stage_fingerprint(again) == config.stage_fingerprint(cfg)
-    by_hand = config.load(config.StageConfig, overrides=["system.batch_size=99"], values=OmegaConf.create(text))
+    by_hand = config.load(schema.StageConfig, overrides=["system.batch_size=99"], values=OmegaConf.create(text))
     assert by_hand.dataset.params.batch_size == 99 and by_hand.frozen != config.stage_fingerprint(by_hand)
 
 
@@ -373,7 +373,7 @@ def test_order_and_comments_leave_the_fingerprint(tmp_path):
     one, two = tmp_path / "1.yaml", tmp_path / "2.yaml"
     one.write_text("system: {batch_size: 3}\noptimizer: {params: {beta1: 0.5, beta2: 0.7}}\n")
     two.write_text("# why\noptimizer:\n  params:\n    beta2: 7.0e-1 # late\n    beta1: .5\nsystem:\n  batch_size: 3\n")
-    marks = {config.stage_fingerprint(config.load(config.StageConfig, file, FILLED)) for file in (one, two)}
+    marks = {config.stage_fingerprint(config.load(schema.StageConfig, file, FILLED)) for file in (one, two)}
     assert len(marks) == 1
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtrain import config
+from sdtrain import config, schema
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -388,7 +388,7 @@ def test_name_cannot_leave_the_folder(fetch):
 def test_every_listed_component_is_pinned():
     components = yaml.safe_load((ROOT / "configs/components.yaml").read_text())
     for name, entry in components.items():
-        config.require(config.load(config.ComponentConfig, values=entry), name)
+        config.require(config.load(schema.ComponentConfig, values=entry), name)
         pin = {"hub": ("revision", 40), "url": ("sha256", 64)}.get(entry["source"])
         if pin:
             assert len(entry[pin[0]]) == pin[1] and int(entry[pin[0]], 16), name

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save
 from samples import draw, jpeg, make_sample, write_tar
 
-from sdtrain import config, loader, shards
+from sdtrain import config, loader, schema, shards
 from sdtrain.loader import DataError
 
 
@@ -270,7 +270,7 @@ def classes(folder, prompts, workers=0):
         "idx_to_prompt": str(folder / "prompts.json"),
     }
     cfg = config.load(
-        config.DatasetConfig, values={"type": "ClassificationWebDataset", "params": {**params, "batch_size": 1}}
+        schema.DatasetConfig, values={"type": "ClassificationWebDataset", "params": {**params, "batch_size": 1}}
     )
     return loader.open_dataset(cfg, 0)
 
@@ -297,7 +297,7 @@ def test_prompts_that_cannot_be_read_are_named(tmp_path):
     ):
         with pytest.raises(DataError, match=f"dataset.params.idx_to_prompt: .*prompts.json: {reason}"):
             classes(tmp_path, text)
-    cfg = config.load(config.DatasetConfig, values={"type": "ClassificationWebDataset", "params": {"path": "x"}})
+    cfg = config.load(schema.DatasetConfig, values={"type": "ClassificationWebDataset", "params": {"path": "x"}})
     with pytest.raises(DataError, match="idx_to_prompt: ClassificationWebDataset needs a JSON file"):
         loader.open_dataset(cfg, 0)
 

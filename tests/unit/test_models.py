@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from sdtrain import config, models
+from sdtrain import config, models, schema
 from sdtrain.models import ModelError, TextEncoding
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def section(tiny_parts, tiny_unet_params, **changes):
     """A `model` section of the tiny parts; a change is given as part={…}."""
     values = {part: {"pretrained": str(tiny_parts)} for part in models.PARTS}
     values["unet"] = {"target": "UNet2DConditionModel", "params": tiny_unet_params}
-    return config.load(config.ModelConfig, values={**values, **changes})
+    return config.load(schema.ModelConfig, values={**values, **changes})
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load
 from samples import load_script, make_sample, run_script, write_tar
 
-from sdtrain import config, loader, models, shards
+from sdtrain import config, loader, models, schema, shards
 
 script = load_script("precompute_latents")
-SETTINGS = config.load(config.LatentsConfig, overrides=["batch_size=4"])
+SETTINGS = config.load(schema.LatentsConfig, overrides=["batch_size=4"])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_latents_are_those_of_the_vae(made, image_shards, tiny_parts):
     manifest = shards.read_manifest(made[0], full=True)
     assert (manifest["kind"], manifest["samples"], manifest["dropped"]) == ("latents", 41, {})
     assert [row["samples"] for row in manifest["shards"]] == [17, 5, 19]
-    vae = models.load_part("vae", config.load(config.ModelConfig, values={"vae": {"pretrained": str(tiny_parts)}}))
+    vae = models.load_part("vae", config.load(schema.ModelConfig, values={"vae": {"pretrained": str(tiny_parts)}}))
     images, latents = (loader.find_samples(str(path)) for path in (image_shards / "manifest.json", made[0]))
     for image, latent in list(zip(images, latents, strict=True))[::8]:
         square = loader.resize_and_crop(loader.read_image(image), 32, "center", np.random.default_rng(0))
@@ -79,7 +79,7 @@ def test_only_a_missing_shard_is_made_again_with_the_same_bytes(made, image_shar
 def test_another_crop_lies_in_a_folder_of_its_own(made, image_shards, tiny_parts, tmp_path):
     images = image_shards / "manifest.json"
     one = again(made, images, tiny_parts, tmp_path)
-    two = again(made, images, tiny_parts, tmp_path, config.load(config.LatentsConfig, overrides=["crop=random"]))
+    two = again(made, images, tiny_parts, tmp_path, config.load(schema.LatentsConfig, overrides=["crop=random"]))
     assert one["fingerprint"] != two["fingerprint"] and len(list(tmp_path.glob("*/"))) == 2
 
 

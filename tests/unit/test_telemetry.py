@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sdtrain import config
+from sdtrain import config, schema
 from sdtrain.telemetry import Telemetry, start_wandb
 
 
@@ -81,7 +81,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 def stage(folder, **wandb):
     experiment = {"log_dir": str(folder), "project": "p", "name": "n", "num_examples_to_see": 10}
     return config.load(
-        config.StageConfig, values={"wandb": wandb, "experiment": experiment, "dataset": {"params": {"path": "x"}}}
+        schema.StageConfig, values={"wandb": wandb, "experiment": experiment, "dataset": {"params": {"path": "x"}}}
     )
 
 

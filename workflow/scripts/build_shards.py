@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from sdtrain import config as cf
+from sdtrain import schema
 from sdtrain.shards import ShardError, ShardWriter, index_tar, sha256_file, write_manifest
 
 CONTENT = ("image_size", "resize_mode", "samples_per_shard", "encode_quality", "columns")  # what decides the bytes
@@ -39,7 +40,7 @@ class BuildError(RuntimeError):
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = cf.command_line(argv, cf.ShardsConfig, __doc__, split="train", selection="", output=None)
+    config, own = cf.command_line(argv, schema.ShardsConfig, __doc__, split="train", selection="", output=None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `download` ends its child
     try:
         manifest = adopt(config, own) if config.path else build(config, own["selection"], own["output"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sdtrain import config as cf
-from sdtrain import dist, evaluation, features
+from sdtrain import dist, evaluation, features, schema
 
 TEXT_BATCH = 64
 
@@ -21,7 +21,7 @@ TEXT_BATCH = 64
 def main(argv: list[str]) -> None:
     """Run the command."""
     required = dict.fromkeys(("samples", "model", "output"))
-    config, own = cf.command_line(argv, cf.EvaluationConfig, __doc__, **required, features="", text="")
+    config, own = cf.command_line(argv, schema.EvaluationConfig, __doc__, **required, features="", text="")
     try:
         record = measure(config, own)
     except (cf.ConfigError, features.FeatureError, evaluation.EvaluationError) as error:

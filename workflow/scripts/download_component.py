@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from sdtrain import config
+from sdtrain import config, schema
 
 RECORD = ".snapshot.json"  # inside the snapshot: says that it is whole, and of which slice
 TRIES = 4  # attempts at a URL, each going on where the last one broke off
@@ -309,7 +309,7 @@ def transfer(url: str, target: Path, timeout: float) -> None:
 
 def main() -> None:
     component, own = config.command_line(
-        sys.argv, config.ComponentConfig, __doc__, name=None, output=None, timeout="30"
+        sys.argv, schema.ComponentConfig, __doc__, name=None, output=None, timeout="30"
     )
     try:
         record = make_snapshot(component, own["name"], Path(own["output"]), float(own["timeout"]))

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from sdtrain import config as cf
+from sdtrain import schema
 from sdtrain.shards import sha256_file
 from sdtrain.tables import ParquetFile, Table, TableError
 
@@ -33,7 +34,7 @@ class FetchError(RuntimeError):
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = cf.command_line(argv, cf.TableConfig, __doc__, output=None)
+    config, own = cf.command_line(argv, schema.TableConfig, __doc__, output=None)
     output = Path(own["output"])
     try:
         rows = fetch(config, output)

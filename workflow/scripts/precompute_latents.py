@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from sdtrain import config, dist, loader, models, shards
+from sdtrain import config, dist, loader, models, schema, shards
 
 
 def encode_shard(source: str, folder: Path, vae, resolution: int, settings, device) -> None:
@@ -51,7 +51,7 @@ def precompute(settings, vae_folder: str, resolution: int, images: str, output: 
     made_by["resolution"] = resolution
     folder = output.parent / config.fingerprint(made_by)
     device = dist.only_device()
-    part = config.load(config.ModelConfig, values={"vae": {"pretrained": vae_folder}})
+    part = config.load(schema.ModelConfig, values={"vae": {"pretrained": vae_folder}})
     vae = models.load_part("vae", part).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     for row in tqdm(source["shards"], unit="shard", desc=f"latents {resolution} px", mininterval=5):
@@ -76,7 +76,7 @@ def describe(manifest: dict, folder: Path) -> str:
 
 def main(argv: list[str]) -> None:
     settings, own = config.command_line(
-        argv, config.LatentsConfig, __doc__, vae=None, resolution=None, images=None, output=None
+        argv, schema.LatentsConfig, __doc__, vae=None, resolution=None, images=None, output=None
     )
     output = Path(own["output"])
     try:

@@ -9,13 +9,13 @@ import json
 import sys
 
 from sdtrain import config as cf
-from sdtrain import dist, evaluation, features, loader, predicates, shards
+from sdtrain import dist, evaluation, features, loader, predicates, schema, shards
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("train_manifest", "held_out_manifest", "resolution", "features", "filters_from", "output")
-    config, own = cf.command_line(argv, cf.EvaluationConfig, __doc__, **dict.fromkeys(keys))
+    config, own = cf.command_line(argv, schema.EvaluationConfig, __doc__, **dict.fromkeys(keys))
     expected = (cf.ConfigError, predicates.PredicateError, shards.ShardError, loader.DataError)
     try:
         measure(config, own)
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 def measure(config, own: dict[str, str]) -> None:
     """Write mean, covariance and features of the held-out images; the floor and the counts are in the metadata."""
     resolution = evaluation.positive(own["resolution"], "resolution")
-    stage = cf.require(cf.load(cf.StageConfig, own["filters_from"]), own["filters_from"]).dataset
+    stage = cf.require(cf.load(schema.StageConfig, own["filters_from"]), own["filters_from"]).dataset
     network = features.image_features(own["features"], dist.only_device())
     held_out = open_images(own["held_out_manifest"], stage, resolution, config.seed)
     train = open_images(own["train_manifest"], stage, resolution, config.seed)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtrain import config as cf
-from sdtrain import evaluation, loader, shards
+from sdtrain import evaluation, loader, schema, shards
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report" / "report.html"
 TILE = 256  # pixels a side at most, of an image in the report
@@ -54,7 +54,7 @@ def read_row(folder: Path, name: str) -> dict:
     if not stage or not images.isdigit():
         raise evaluation.EvaluationError(f"rows={name}: stage/images is expected, such as stage1/32000")
     beside = folder / stage / images
-    config = cf.require(cf.load(cf.StageConfig, folder / stage / "config" / "train.yaml"), name)
+    config = cf.require(cf.load(schema.StageConfig, folder / stage / "config" / "train.yaml"), name)
     return {
         "stage": stage,
         "config": config,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtrain import checkpoint, config, dist, loader, models, sampling, shards
+from sdtrain import checkpoint, config, dist, loader, models, sampling, schema, shards
 
 
 def captions_of(dataset: loader.PositionDataset, count: int) -> list[str]:
@@ -71,10 +71,10 @@ def sample(settings, stage, trained: dict, held_out: str, output: Path) -> dict:
 
 def main(argv: list[str]) -> None:
     settings, own = config.command_line(
-        argv, config.EvaluationConfig, __doc__, stage=None, trained=None, held_out=None, output=None
+        argv, schema.EvaluationConfig, __doc__, stage=None, trained=None, held_out=None, output=None
     )
     try:
-        stage = config.require(config.load(config.StageConfig, own["stage"]), own["stage"])
+        stage = config.require(config.load(schema.StageConfig, own["stage"]), own["stage"])
         record = sample(settings, stage, config.read_json(own["trained"]), own["held_out"], Path(own["output"]))
     except (config.ConfigError, shards.ShardError, loader.DataError, models.ModelError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -11,6 +11,7 @@ import pyarrow as pa
 from omegaconf import DictConfig
 
 from sdtrain import config as cf
+from sdtrain import schema
 from sdtrain.predicates import PredicateError, Predicates, add_yields, parse
 from sdtrain.tables import ParquetFile, Table, TableError
 
@@ -21,7 +22,9 @@ class SelectionError(ValueError):
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = cf.command_line(argv, cf.SelectConfig, __doc__, table=None, train=None, held_out=None, yields=None)
+    config, own = cf.command_line(
+        argv, schema.SelectConfig, __doc__, table=None, train=None, held_out=None, yields=None
+    )
     try:
         result = select(config, own["table"], own["train"], own["held_out"])
     except (cf.ConfigError, PredicateError, TableError, SelectionError) as error:

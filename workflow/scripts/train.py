@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sdtrain import checkpoint, config, dist, loader, models, objective, sampling, shards
+from sdtrain import checkpoint, config, dist, loader, models, objective, sampling, schema, shards
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry, start_wandb
 
@@ -254,7 +254,7 @@ def sample_captions(cfg, pipeline: Path, output: Path, device) -> None:
 
 
 def main(argv: list[str]) -> None:
-    cfg, _ = config.command_line(argv, config.StageConfig, __doc__)
+    cfg, _ = config.command_line(argv, schema.StageConfig, __doc__)
     expected = (dist.DistError, models.ModelError, loader.DataError, shards.ShardError, checkpoint.CheckpointError)
     d = cfg.distributed
     try:

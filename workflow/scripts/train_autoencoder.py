@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 
-from sdtrain import checkpoint, config, dist, loader, models, shards
+from sdtrain import checkpoint, config, dist, loader, models, schema, shards
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry
 
@@ -192,7 +192,7 @@ def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -
 
 
 def main(argv: list[str]) -> None:
-    settings, own = config.command_line(argv, config.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
+    settings, own = config.command_line(argv, schema.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
     output = Path(own["output"])
     try:
         with checkpoint.lock(output.with_suffix("") / "checkpoints"):

@@ -14,315 +14,24 @@ import os
 import platform
 import re
 import typing
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from sdtrain.schema import ComponentConfig, DataConfig, ExistingShardsConfig, RunConfig, StageConfig
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the remedy."""
 
 
-# ---------------------------------------------------------------- a training stage (the seed's sections)
-@dataclass
-class WandbConfig:
-    api_key: str | None = None  # never written to a file; prefer WANDB_API_KEY or `wandb login`
-    entity: str | None = None
-    mode: str | None = None  # online, offline, disabled; by default online where a key is known
-
-
-@dataclass
-class SystemConfig:
-    gradient_accumulation: int = 1
-    batch_size: int = 32  # images per process and micro-batch
-    workers: int = 6  # loader processes per rank
-    threads: int | None = None  # torch threads per process; by default torch's own choice
-    dist_backend: str | None = "${distributed.dist_backend}"
-    dist_url: str = "${distributed.dist_url}"
-
-
-@dataclass
-class DistributedConfig:
-    dist_backend: str | None = None  # by default nccl where CUDA is, else gloo
-    dist_url: str = "env://"
-    timeout_minutes: float = 30.0
-
-
-@dataclass
-class ExperimentConfig:
-    log_dir: str = MISSING
-    project: str = MISSING
-    name: str = MISSING
-    num_examples_to_see: int = MISSING
-    milestones: list[int] = field(default_factory=list)  # images seen at which a pipeline is exported
-    stop_at: int | None = None  # end this job at that milestone; the schedule still spans the whole stage
-    save_every: int = 2000  # optimizer steps between rolling checkpoints
-    save_only_most_recent: bool = True
-    requeue: bool = True  # go on from the folder's checkpoint; without it, start anew
-    wait_minutes: float = 0.0  # for another process that is training in the folder, before giving up
-    eval_caption_file: str | None = None
-    num_eval_images: int = 8
-    log_every: int = 10  # optimizer steps between log lines
-    seed: int = 0
-
-
-@dataclass
-class OptimizerParams:
-    learning_rate: float = 1.0e-4
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    epsilon: float = 1.0e-8
-
-
-@dataclass
-class OptimizerConfig:
-    name: str = "adamw"
-    params: OptimizerParams = field(default_factory=OptimizerParams)
-    max_grad_norm: float | None = 1.0
-
-
-@dataclass
-class PartConfig:
-    """One part of the model: the folder or hub address of a pretrained one, or a class and its arguments."""
-
-    pretrained: str | None = None
-    target: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class EmaConfig:
-    path: str | None = None  # a pretrained moving average to start from (a UNet folder)
-    decay: float = 0.9999
-
-
-@dataclass
-class ModelConfig:
-    pretrained: str | None = None  # a whole pipeline to fine-tune; parts named below replace its parts
-    vae: PartConfig = field(default_factory=PartConfig)
-    text_encoder: PartConfig = field(default_factory=PartConfig)
-    tokenizer: PartConfig = field(default_factory=PartConfig)
-    scheduler: PartConfig = field(default_factory=PartConfig)
-    unet: PartConfig = field(default_factory=PartConfig)
-    use_ema: bool = False
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    mixed_precision: str | None = None  # bf16, or none
-    gradient_checkpointing: bool = False
-    xformers: bool = False
-
-
-@dataclass
-class ObjectiveConfig:
-    timesteps: str = "uniform"  # or stratified: one timestep from each equal slice of the schedule
-    snr_gamma: float | None = None  # min-SNR-gamma loss weights
-    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-
-
-@dataclass
-class DatasetParams:
-    path: str = MISSING  # a manifest.json, or shards in brace notation
-    batch_size: int = "${system.batch_size}"  # type: ignore[assignment]
-    workers: int = "${system.workers}"  # type: ignore[assignment]
-    num_examples_to_see: int = "${experiment.num_examples_to_see}"  # type: ignore[assignment]
-    resolution: int = 512  # pixels a side
-    crop: str = "center"  # or random
-    flip: bool = False  # mirror half of the images
-    filters: dict[str, Any] | None = None  # metadata predicates, the seed's notation
-    idx_to_prompt: str | None = None  # JSON: class index -> prompt
-
-
-@dataclass
-class DatasetConfig:
-    type: str = "WebDataset"  # WebDataset, ClassificationWebDataset, LatentDataset
-    params: DatasetParams = field(default_factory=DatasetParams)
-
-
-@dataclass
-class LRParams:
-    learning_rate: float = "${optimizer.params.learning_rate}"  # type: ignore[assignment]
-    warmup_length: int = 500  # optimizer steps
-    decay_from: float = 0.0  # share of the stage after which the cosine falls
-    final: float = 0.0  # share of the learning rate left at the end of the cosine
-
-
-@dataclass
-class LRConfig:
-    scheduler: str = "ConstantWithWarmup"  # or CosineWithWarmup
-    params: LRParams = field(default_factory=LRParams)
-
-
-@dataclass
-class StageConfig:
-    """What one training needs and nothing else: the file that `train.py config=…` reads."""
-
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    system: SystemConfig = field(default_factory=SystemConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    lr_scheduler: LRConfig = field(default_factory=LRConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    init: str | None = None  # a stage of the same run, or the folder of a finished pipeline, to start from
-    frozen: str | None = None  # the workflow's mark: the fingerprint of this file as it was planned
-
-
-# ---------------------------------------------------------------- a run: stages and their evaluation
-@dataclass
-class EvaluationConfig:
-    prompts: str | None = (
-        None  # text file of prompts for the metrics, one a line; by default the dataset's own captions
-    )
-    num_images: int = 1000
-    batch_size: int = 16
-    guidance_scale: float = 7.5
-    num_inference_steps: int = 50
-    seed: int = 0
-    grid: list[str] = field(
-        default_factory=list
-    )  # prompts of the report's grid; by default the first of the dataset's captions
-    held_out_grid: int = 16  # held-out captions in the report's second grid
-    features: str = "inception"  # image network of the Frechet distance: a component
-    alignment: str | None = None  # clip-score model: a component; or "fitted", a linear map of the features
-
-
-@dataclass
-class RunConfig(StageConfig):
-    """`configs/{run}.yaml`: the seed's sections for every stage, what differs in each, and the evaluation."""
-
-    data: str | None = None  # configs/data/{data}.yaml
-    stages: dict[str, Any] = MISSING
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-# ---------------------------------------------------------------- data
-@dataclass
-class PackageConfig:
-    name: str = MISSING
-    version: str = MISSING
-    sha256: str = MISSING
-
-
-@dataclass
-class TableConfig:
-    kind: str = "files"  # files: tables on disk or by URL; hub: a dataset repository; emoji: two npm packages
-    path: str | None = None  # files: a parquet, CSV, TSV or JSONL file, a folder or a glob
-    sha256: str | None = None  # files: of a single file
-    repo: str | None = None  # hub: owner/name
-    revision: str | None = None  # hub: a commit
-    patterns: list[str] = field(default_factory=lambda: ["*.parquet"])
-    columns: dict[str, str] = field(default_factory=dict)  # our name: theirs (url and caption are needed)
-    images: PackageConfig | None = None  # emoji
-    captions: PackageConfig | None = None  # emoji
-
-
-@dataclass
-class HeldOutConfig:
-    column: str = "url"  # rows that share its value stay on one side
-    fraction: float = 0.0
-    seed: int = 0
-
-
-@dataclass
-class SelectConfig:
-    filters: dict[str, Any] = field(default_factory=dict)  # column -> predicate, or list of predicates
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-
-
-@dataclass
-class ShardsConfig:
-    path: str | None = None  # shards that exist already: brace notation; nothing is downloaded then
-    held_out_path: str | None = None  # shards that exist already, never trained on: the metrics' reference
-    image_size: int = 512
-    resize_mode: str = "keep_ratio"
-    samples_per_shard: int = 10000
-    encode_quality: int = 95
-    processes: int = 2
-    threads: int = 32
-    timeout: int = 10  # seconds
-    retries: int = 1
-    columns: list[str] = field(default_factory=list)  # columns of the table kept in each sample's JSON
-    min_success_rate: float = 0.5
-
-
-@dataclass
-class LatentsConfig:
-    batch_size: int = 16
-    crop: str = "center"
-
-
-@dataclass
-class DataConfig:
-    """`configs/data/{dataset}.yaml`."""
-
-    table: TableConfig = field(default_factory=TableConfig)
-    select: SelectConfig = field(default_factory=SelectConfig)
-    shards: ShardsConfig = field(default_factory=ShardsConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
-
-
-# ---------------------------------------------------------------- components
-@dataclass
-class AutoencoderLoss:
-    l1: float = 1.0
-    l2: float = 2.0
-    low_pass: float = 1.0  # L1 of the image averaged over 4x4 blocks
-    gradient: float = 1.0  # L1 of horizontal and vertical differences
-    chroma: float = 1.0  # L1 of R-G and B-G
-    kl: float = 1.0e-4
-
-
-@dataclass
-class AutoencoderConfig:
-    """How `train_autoencoder` makes a component."""
-
-    data: str = MISSING
-    resolution: int = 64
-    num_examples_to_see: int = MISSING
-    batch_size: int = 16
-    learning_rate: float = 2.0e-3
-    warmup_length: int = 100
-    ema_decay: float = 0.999
-    save_every: int = 500  # steps
-    log_every: int = 50
-    threads: int | None = None
-    seed: int = 0
-    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
-    params: dict[str, Any] = field(default_factory=dict)  # of diffusers' AutoencoderKL
-
-
-@dataclass
-class ComponentConfig:
-    """`configs/components.yaml`, one entry a component."""
-
-    source: str = MISSING  # package, folder, url, hub or train
-    requirement: str | None = None  # package: name==version
-    path: str | None = None  # package: folder or file inside it; folder: the folder; hub: a subfolder
-    url: str | None = None
-    sha256: str | None = None  # of a url's file
-    repo: str | None = None  # hub: owner/name
-    revision: str | None = None  # hub: a commit, 40 hex digits
-    patterns: list[str] = field(default_factory=list)  # files to take; by default all
-    settings: dict[str, Any] = field(default_factory=dict)  # file -> keys to set in that JSON file of the copy
-    train: AutoencoderConfig | None = None
-
-
 # ---------------------------------------------------------------- loading
 CONFIGS = Path("configs")
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet")
-DATA_STEPS = {
-    "fetch_table": "table",
-    "select_samples": "select",
-    "build_shards": "shards",
-    "precompute_latents": "latents",
-}
-DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", "LatentDataset")
+DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", "ParquetDataset", "CSVDataset", "LatentDataset")
 CHOICES = {
     "wandb.mode": ("online", "offline", "disabled"),
     "model.mixed_precision": ("bf16",),
@@ -330,6 +39,8 @@ CHOICES = {
     "dataset.type": DATASET_TYPES,
     "dataset.params.crop": ("center", "random"),
     "latents.crop": ("center", "random"),
+    "latents.posterior": ("mean", "sample", "moments"),
+    "shards.encode_format": ("jpg", "png", "webp"),
     "lr_scheduler.scheduler": ("ConstantWithWarmup", "CosineWithWarmup"),
     "optimizer.name": ("adamw",),
     "table.kind": ("files", "hub", "emoji"),
@@ -434,6 +145,30 @@ def load_component(name: str) -> DictConfig:
     if name not in entries:
         raise ConfigError(f"{CONFIGS / 'components.yaml'}: no component {name!r}{_nearest(name, list(entries))}")
     return entries[name]
+
+
+def data_slice(data: DictConfig, step: str) -> DictConfig:
+    """What one rule of the data path depends on, of a dataset's configuration."""
+    sections = {
+        "fetch_table": "table",
+        "select_samples": "select",
+        "build_shards": "shards",
+        "precompute_latents": "latents",
+    }
+    if step in sections:
+        return data[sections[step]]
+    existing = {key: data.shards[key] for key in ("path", "held_out_path", "samples_per_shard")}
+    return load(ExistingShardsConfig, values={**existing, "select": data.select})
+
+
+def way_in(data: DictConfig) -> str:
+    """How a dataset's shards come about: built from a table; of shards that exist, resharded, or indexed as they are.
+
+    It names the folder of their parts, and the rule.
+    """
+    if not data.shards.path:
+        return "built"
+    return "resharded" if data.select.filters or data.select.held_out.fraction else "indexed"
 
 
 def component_record(folder: str) -> str:

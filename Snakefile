@@ -30,10 +30,10 @@ rule all:
 # The shards that the run trains on
 rule data:
     input:
-        [made_here(load_stage(RUN, stage).dataset.params.path) for stage in load_run(RUN).stages],
+        [plan.trained_on(RUN, stage) for stage in plan.load_run(RUN).stages],
 
 
 # The trained stages, without their evaluation
 rule stages:
     input:
-        [milestone_result(RUN, stage) for stage in load_run(RUN).stages],
+        [plan.milestone_result(RUN, stage) for stage in plan.load_run(RUN).stages],

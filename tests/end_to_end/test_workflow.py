@@ -31,7 +31,8 @@ table:
 select:
   filters: {pwatermark: "<=0.5"}
   held_out: {column: url, fraction: 0.25}
-shards: {image_size: 64, samples_per_shard: 16, columns: [pwatermark]}
+shards: {image_size: 64, samples_per_shard: 16, columns: [pwatermark], parts: 2}
+latents: {text_encoder: tiny-parts, posterior: moments}
 """
 # Stage 1 on latents of 16 px, long enough to be killed; stage 2 on images of 32 px
 STAGES = """
@@ -171,6 +172,43 @@ def test_rows_and_images_are_accounted_for(finished):
     latents = json.loads((data / "train/latents/tiny-parts-16px/manifest.json").read_text())
     assert latents["samples"] == manifests["train"]["samples"]
     assert not (data / "held_out/latents").exists()
+
+
+def test_yields_and_expected_size_are_printed(finished):
+    assert snakemake(finished, "--", "yields").wait(timeout=60) == 0
+    said = (finished / "output").read_text()
+    assert "pwatermark <= 0.5" in said and "expected" in said and "Finished jobid" in said
+
+
+def test_verify_names_a_flipped_byte(finished):
+    assert snakemake(finished, "--", "verify").wait(timeout=60) == 0
+    folder = next((finished / "results/data/tiny/train/built").glob("*/"))
+    shard = sorted(folder.glob("*.tar"))[0]
+    whole, times = shard.read_bytes(), shard.stat()
+    try:
+        shard.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+        assert snakemake(finished, "--", "verify").wait(timeout=60) == 1
+        said = (finished / "output").read_text()
+        assert str(shard.relative_to(finished)) in said and "sha256" in said
+    finally:
+        shard.write_bytes(whole)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_shards_are_chosen_from_by_their_metadata(finished):
+    (finished / "configs/data/wide.yaml").write_text(CHOSEN)
+    manifest = finished / "results/data/wide/train/shards/manifest.json"
+    assert snakemake(finished, "--", str(manifest.relative_to(finished))).wait(timeout=60) == 0
+    assert "build_shards" not in (finished / "output").read_text()
+    images = json.loads((finished / "results/data/tiny/train/shards/manifest.json").read_text())
+    chosen = json.loads(manifest.read_text())
+    assert 0 < chosen["samples"] < images["samples"] and len(chosen["shards"]) == 2
+
+
+CHOSEN = """
+select: {filters: {caption: "!=a red square"}}
+shards: {path: results/data/tiny/train/shards/manifest.json, parts: 2, samples_per_shard: 1000}
+"""
 
 
 def test_every_milestone_is_measured_and_reported(finished):

@@ -489,3 +489,32 @@ def test_command_line_errors_say_what_to_do(tmp_path):
         assert message in str(end.value.code)
     with pytest.raises(SystemExit, match="error: unknown key 'outputs'; did you mean output"):
         command("outputs=x", schema=None, output=None)
+
+
+# ---------------------------------------------------------------- data
+def test_the_way_in_follows_from_the_dataset():
+    def way(**values):
+        return config.way_in(config.load(schema.DataConfig, values=values))
+
+    existing = {"path": "shards/{0..3}.tar"}
+    assert way(table={"path": "table.csv"}, select={"filters": {"width": ">=9"}}) == "built"
+    assert way(shards=existing) == "indexed"
+    assert way(shards=existing, select={"filters": {"width": ">=9"}}) == "resharded"
+    assert way(shards=existing, select={"held_out": {"fraction": 0.1}}) == "resharded"
+
+
+def test_a_rule_reads_only_what_it_depends_on():
+    data = config.load(schema.DataConfig, values={"shards": {"path": "a.tar", "timeout": 3}, "table": {"path": "b"}})
+    assert config.data_slice(data, "fetch_table").path == "b" and config.data_slice(data, "build_shards").timeout == 3
+    sliced = config.data_slice(data, "reshard")
+    assert sliced.path == "a.tar" and "timeout" not in sliced and sliced.select.filters == {}
+    with pytest.raises(ConfigError, match="no rule reshart; did you mean reshard"):
+        config.data_slice(data, "reshart")
+
+
+def test_a_table_of_files_is_named_by_hand(project):
+    project("r.yaml", RUN)
+    with pytest.raises(ConfigError, match=r"dataset\.params\.path"):
+        config.load_stage("r", "stage1", ["dataset.type=CSVDataset"])
+    own = config.load_stage("r", "stage1", ["dataset.type=CSVDataset", "dataset.params.path=own.csv"])
+    assert own.dataset.params.path == "own.csv"

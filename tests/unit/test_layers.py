@@ -11,7 +11,7 @@ SCRIPTS = sorted((WORKFLOW / "scripts").glob("*.py"))
 LAYERS = (  # a module imports only from the layers before its own
     {"schema"},
     {"config", "dist", "predicates", "storage"},
-    {"tables", "shards", "images", "models", "objective", "ema", "checkpoint", "sampling", "telemetry"},
+    {"tables", "shards", "images", "models", "objective", "ema", "checkpoint", "sampling", "telemetry", "plan"},
     {"sources", "features"},
     {"loader"},
     {"evaluation"},

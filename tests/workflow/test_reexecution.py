@@ -125,8 +125,22 @@ def test_a_component_is_fetched_again_with_what_uses_it(tree, plan):
     set_key(tree, "components.yaml", "minilm/settings/tokenizer_config.json/model_max_length", 20)
     after = plan(tree)
     assert {job["wildcards"]["component"] for job in after.of("download_component")} == {"minilm"}
-    assert trained(after) == FIRST | SECOND
-    assert not after.rules & DATA
+    assert trained(after) == FIRST | SECOND  # on new text states
+    assert after.rules & {*DATA} == {"precompute_latents"}
+
+
+def test_more_parts_are_new_jobs(tree, plan):
+    set_key(tree, "data/emoji.yaml", "shards/parts", 3)
+    after = plan(tree)
+    parts = {job["output"][0] for job in after.of("build_shards") if job["wildcards"]["split"] == "train"}
+    assert parts == {f"results/data/emoji/train/built/{part}-of-3.json" for part in range(3)}
+    assert not after.rules & {"fetch_table", "select_samples"}
+
+
+def test_what_latents_hold_leaves_the_images(tree, plan):
+    set_key(tree, "data/emoji.yaml", "latents/posterior", "moments")
+    after = plan(tree)
+    assert after.rules & {*DATA, "gather_shards"} == {"precompute_latents"} and trained(after) == FIRST | SECOND
 
 
 def test_another_component_touches_nothing(tree, plan):

@@ -3,7 +3,7 @@
 
 rule download_component:
     input:
-        folder_files,
+        plan.folder_files,
         config="resources/components/config/{component}.yaml",
     output:
         "resources/components/{component}.json",
@@ -26,8 +26,8 @@ rule download_component:
 rule train_autoencoder:
     input:
         config="resources/components/config/{component}.yaml",
-        train=lambda w: f"results/data/{load_component(w.component).train.data}/train/shards/manifest.json",
-        held_out=lambda w: f"results/data/{load_component(w.component).train.data}/held_out/shards/manifest.json",
+        train=lambda w: f"results/data/{plan.load_component(w.component).train.data}/train/shards/manifest.json",
+        held_out=lambda w: f"results/data/{plan.load_component(w.component).train.data}/held_out/shards/manifest.json",
     output:
         "resources/components/{component}.json",
     log:

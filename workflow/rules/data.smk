@@ -1,4 +1,10 @@
-# From a table of URLs to shards of images, and of latents.
+# From a table of URLs, or from shards that exist, to shards of images, and of latents. Shards are made in parts, as many
+# jobs as `shards.parts` says; the folder of a part's manifest names the rule that makes it.
+
+
+localrules:
+    gather_shards,
+    yields,
 
 
 rule fetch_table:
@@ -40,26 +46,125 @@ rule select_samples:
         " 2>&1 | tee {log}"
 
 
+# Prints what the selection keeps and what it will cost to download: `snakemake --profile … yields`
+rule yields:
+    input:
+        plan.yields(RUN),
+    log:
+        f"logs/runs/{RUN}/yields.log",
+    conda:
+        "../../envs/data.yaml"
+    params:
+        samples_per_shard=lambda w, input: plan.load_data(plan.load_run(RUN).data).shards.samples_per_shard,
+        parts=lambda w, input: plan.load_data(plan.load_run(RUN).data).shards.parts,
+    shell:
+        "python workflow/scripts/show_yields.py"
+        " yields={input}"
+        " samples_per_shard={params.samples_per_shard}"
+        " parts={params.parts}"
+        " 2>&1 | tee {log}"
+
+
 rule build_shards:
     input:
         config="results/data/{dataset}/config/build_shards.yaml",
-        selection=lambda w: selection_of(w.dataset, w.split),
+        selection="results/data/{dataset}/{split}/selected.parquet",
     output:
-        "results/data/{dataset}/{split}/shards/manifest.json",
+        "results/data/{dataset}/{split}/built/{part}-of-{parts}.json",
     log:
-        "logs/data/{dataset}/{split}/shards/build_shards.log",
+        "logs/data/{dataset}/{split}/built/{part}-of-{parts}.log",
     benchmark:
-        "logs/data/{dataset}/{split}/shards/build_shards.tsv"
+        "logs/data/{dataset}/{split}/built/{part}-of-{parts}.tsv"
     conda:
         "../../envs/data.yaml"
-    threads: lambda w: load_data(w.dataset).shards.processes
+    threads: lambda w: plan.load_data(w.dataset).shards.processes
     shell:
         "python workflow/scripts/build_shards.py"
         " config={input.config}"
-        " split={wildcards.split}"
         " selection={input.selection}"
+        " part={wildcards.part}"
+        " parts={wildcards.parts}"
         " output={output}"
         " 2>&1 | tee {log}"
+
+
+rule reshard:
+    input:
+        plan.existing_shards,
+        config="results/data/{dataset}/config/reshard.yaml",
+    output:
+        "results/data/{dataset}/{split}/resharded/{part}-of-{parts}.json",
+    log:
+        "logs/data/{dataset}/{split}/resharded/{part}-of-{parts}.log",
+    benchmark:
+        "logs/data/{dataset}/{split}/resharded/{part}-of-{parts}.tsv"
+    conda:
+        "../../envs/data.yaml"
+    threads: 2
+    shell:
+        "python workflow/scripts/reshard.py"
+        " config={input.config}"
+        " split={wildcards.split}"
+        " part={wildcards.part}"
+        " parts={wildcards.parts}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule index_shards:
+    input:
+        plan.existing_shards,
+        config="results/data/{dataset}/config/index_shards.yaml",
+    output:
+        "results/data/{dataset}/{split}/indexed/{part}-of-{parts}.json",
+    log:
+        "logs/data/{dataset}/{split}/indexed/{part}-of-{parts}.log",
+    benchmark:
+        "logs/data/{dataset}/{split}/indexed/{part}-of-{parts}.tsv"
+    conda:
+        "../../envs/data.yaml"
+    threads: 2
+    shell:
+        "python workflow/scripts/index_shards.py"
+        " config={input.config}"
+        " split={wildcards.split}"
+        " part={wildcards.part}"
+        " parts={wildcards.parts}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+rule gather_shards:
+    input:
+        plan.parts,
+    output:
+        "results/data/{dataset}/{split}/shards/manifest.json",
+    log:
+        "logs/data/{dataset}/{split}/shards/gather_shards.log",
+    conda:
+        "../../envs/data.yaml"
+    params:
+        folder=lambda w, input: str(Path(input[0]).parent),
+        parts=lambda w, input: len(input),
+    shell:
+        "python workflow/scripts/gather_shards.py"
+        " folder={params.folder}"
+        " parts={params.parts}"
+        " output={output}"
+        " 2>&1 | tee {log}"
+
+
+# Reads every byte that the run trains on and is measured against: `snakemake --profile … verify`
+rule verify:
+    input:
+        plan.manifests(),
+    log:
+        f"logs/runs/{RUN}/verify.log",
+    conda:
+        "../../envs/data.yaml"
+    threads: 2
+    shell:
+        "python workflow/scripts/verify.py manifests='{input}' 2>&1 | tee {log}"
 
 
 rule precompute_latents:
@@ -67,6 +172,7 @@ rule precompute_latents:
         config="results/data/{dataset}/config/precompute_latents.yaml",
         images="results/data/{dataset}/{split}/shards/manifest.json",
         vae="resources/components/{component}.json",
+        text=plan.text_record,
     output:
         "results/data/{dataset}/{split}/latents/{component}-{resolution}px/manifest.json",
     log:
@@ -75,10 +181,15 @@ rule precompute_latents:
         "logs/data/{dataset}/{split}/latents/{component}-{resolution}px.tsv"
     conda:
         "../../envs/train.yaml"
+    resources:
+        launch="python",
+    params:
+        text=plan.text_argument,
     shell:
-        "python workflow/scripts/precompute_latents.py"
+        "{resources.launch} workflow/scripts/precompute_latents.py"
         " config={input.config}"
         " vae=resources/components/{wildcards.component}"
+        " {params.text}"
         " resolution={wildcards.resolution}"
         " images={input.images}"
         " output={output}"

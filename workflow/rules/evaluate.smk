@@ -7,7 +7,7 @@ rule sample:
         config="results/runs/{run}/config/evaluate.yaml",
         stage="results/runs/{run}/{stage}/config/train.yaml",
         trained=f"{RESULT}/train.json",
-        held_out=held_out,
+        held_out=plan.held_out_images,
     output:
         f"{RESULT}/samples.json",
     log:
@@ -28,11 +28,11 @@ rule sample:
 
 rule reference_features:
     input:
-        lambda w: f"{feature_network(w)}.json",
+        lambda w: f"{plan.feature_network(w)}.json",
         config="results/runs/{run}/config/evaluate.yaml",
         stage="results/runs/{run}/{stage}/config/train.yaml",
-        train=images_of,
-        held_out=held_out,
+        train=plan.train_images,
+        held_out=plan.held_out_images,
     output:
         "results/runs/{run}/{stage}/reference.safetensors",
     log:
@@ -42,8 +42,8 @@ rule reference_features:
     conda:
         "../../envs/train.yaml"
     params:
-        features=feature_network,
-        resolution=lambda w: load_stage(w.run, w.stage).dataset.params.resolution,
+        features=plan.feature_network,
+        resolution=lambda w: plan.load_stage(w.run, w.stage).dataset.params.resolution,
     shell:
         "python workflow/scripts/reference_features.py"
         " config={input.config}"
@@ -69,7 +69,7 @@ rule frechet_distance:
     conda:
         "../../envs/train.yaml"
     params:
-        features=feature_network,
+        features=plan.feature_network,
     shell:
         "python workflow/scripts/frechet_distance.py"
         " samples={input.samples}"
@@ -92,8 +92,8 @@ rule fit_alignment:
     benchmark:
         "logs/data/{dataset}/alignment/{features}-{text}.tsv"
     wildcard_constraints:
-        features="|".join(load_components()),
-        text="|".join(load_components()),
+        features="|".join(plan.load_components()),
+        text="|".join(plan.load_components()),
     conda:
         "../../envs/train.yaml"
     shell:
@@ -108,7 +108,7 @@ rule fit_alignment:
 
 rule clip_score:
     input:
-        score_record,
+        plan.score_record,
         config="results/runs/{run}/config/evaluate.yaml",
         samples=f"{RESULT}/samples.json",
     output:
@@ -120,8 +120,8 @@ rule clip_score:
     conda:
         "../../envs/train.yaml"
     params:
-        model=score_model,
-        networks=score_networks,
+        model=plan.score_model,
+        networks=plan.score_networks,
     shell:
         "python workflow/scripts/clip_score.py"
         " config={input.config}"
@@ -134,8 +134,8 @@ rule clip_score:
 
 rule report:
     input:
-        measured,
-        yields,
+        plan.measured,
+        lambda w: plan.yields(w.run),
     output:
         metrics="results/runs/{run}/metrics.json",
         html="results/runs/{run}/report.html",
@@ -147,8 +147,8 @@ rule report:
     conda:
         "../../envs/train.yaml"
     params:
-        rows=lambda w: ",".join(rows(w)),
-        data=data_folder,
+        rows=lambda w: ",".join(plan.rows(w)),
+        data=plan.data_folder,
     shell:
         "python workflow/scripts/report.py"
         " run={wildcards.run}"

@@ -9,6 +9,6 @@ rule freeze:
     conda:
         "../../envs/train.yaml"
     params:
-        text=slice_of,
+        text=plan.slice_of,
     shell:
         "printf '%s' {params.text:q} > {output}.tmp 2> {log} && mv {output}.tmp {output}"

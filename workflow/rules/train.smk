@@ -3,10 +3,10 @@
 
 rule train:
     input:
-        lambda w: components_of(load_stage(w.run, w.stage).model),
-        earlier_result,
+        lambda w: plan.components_of(plan.load_stage(w.run, w.stage).model),
+        plan.earlier_result,
         config="results/runs/{run}/{stage}/config/train.yaml",
-        data=lambda w: made_here(load_stage(w.run, w.stage).dataset.params.path),
+        data=lambda w: plan.trained_on(w.run, w.stage),
     output:
         "results/runs/{run}/{stage}/{images}/train.json",
     log:
@@ -20,7 +20,7 @@ rule train:
     resources:
         launch="torchrun --standalone --nproc_per_node 1",
     params:
-        milestones=lambda w: str([m for m in milestones(w.run, w.stage) if m <= int(w.images)]),
+        milestones=lambda w: str([m for m in plan.milestones(w.run, w.stage) if m <= int(w.images)]),
     shell:
         "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"

@@ -31,7 +31,8 @@ class ConfigError(ValueError):
 # ---------------------------------------------------------------- loading
 CONFIGS = Path("configs")
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet")
-DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", "ParquetDataset", "CSVDataset", "LatentDataset")
+TABLE_DATASETS = ("ParquetDataset", "CSVDataset")
+DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", *TABLE_DATASETS, "LatentDataset")
 CHOICES = {
     "wandb.mode": ("online", "offline", "disabled"),
     "model.mixed_precision": ("bf16",),
@@ -147,16 +148,20 @@ def load_component(name: str) -> DictConfig:
     return entries[name]
 
 
+DATA_STEPS = {  # the section of a dataset's configuration that each rule depends on
+    "fetch_table": "table",
+    "select_samples": "select",
+    "build_shards": "shards",
+    "precompute_latents": "latents",
+}
+
+
 def data_slice(data: DictConfig, step: str) -> DictConfig:
     """What one rule of the data path depends on, of a dataset's configuration."""
-    sections = {
-        "fetch_table": "table",
-        "select_samples": "select",
-        "build_shards": "shards",
-        "precompute_latents": "latents",
-    }
-    if step in sections:
-        return data[sections[step]]
+    if step in DATA_STEPS:
+        return data[DATA_STEPS[step]]
+    if step not in ("reshard", "index_shards"):
+        raise ConfigError(f"config/{step}.yaml: no rule {step}{_nearest(step, [*DATA_STEPS, 'reshard'])}")
     existing = {key: data.shards[key] for key in ("path", "held_out_path", "samples_per_shard")}
     return load(ExistingShardsConfig, values={**existing, "select": data.select})
 
@@ -239,8 +244,8 @@ def freeze_stage(config: DictConfig) -> DictConfig:
 
 
 def _dataset_path(run: DictConfig, stage: DictConfig) -> str | None:
-    """The manifest that the workflow will have made for this stage."""
-    if run.data is None:
+    """The manifest that the workflow will have made for this stage; tables of files are named by hand."""
+    if run.data is None or stage.dataset.type in TABLE_DATASETS:
         return None
     if stage.dataset.type != "LatentDataset":
         return f"results/data/{run.data}/train/shards/manifest.json"
@@ -283,7 +288,7 @@ VOLATILE += [
     f"experiment.{k}"
     for k in ("save_only_most_recent", "requeue", "wait_minutes", "eval_caption_file", "num_eval_images")
 ]
-VOLATILE += ["dataset.params.path", "dataset.params.workers", "dataset.params.num_examples_to_see", "init"]
+VOLATILE += [f"dataset.params.{k}" for k in ("path", "workers", "num_examples_to_see", "max_lost", "cache")] + ["init"]
 
 
 def stage_fingerprint(config: DictConfig) -> str:
@@ -339,7 +344,7 @@ def read_json(path: str | Path) -> Any:
 
 def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
     """The `dataset` section of a stage, turned to the held-out images at `path`: same filters and resolution."""
-    kind = "WebDataset" if dataset.type == "LatentDataset" else dataset.type
+    kind = dataset.type if dataset.type == "ClassificationWebDataset" else "WebDataset"
     return OmegaConf.merge(dataset, {"type": kind, "params": {"path": path, "flip": False}})
 
 

@@ -243,7 +243,7 @@ class ShardsConfig:
         None  # shards that exist already (braces, globs, s3://, pipe:, a manifest): nothing is downloaded
     )
     held_out_path: str | None = None  # shards that exist already, never trained on: the metrics' reference
-    parts: int = 1  # jobs that share the work
+    parts: int = 1  # jobs that share the training side's work
     samples_per_shard: int = 10000
     image_size: int = 512  # this and the rest: of img2dataset
     resize_mode: str = "keep_ratio"

@@ -12,9 +12,10 @@ ARGS ?=
 # The environment's tools come first; img2dataset is a link there to an environment of its own.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# uv: the machine's, else one of our own. It reads UV_FIND_LINKS only, so what pip would read is passed on.
+# uv: the machine's, else one of our own. It reads UV_FIND_LINKS only, so what pip would read is passed on. Compiled once,
+# torch and diffusers are imported in half the time by each of the run's many processes.
 UV := $(shell command -v uv || echo .venv-uv/bin/uv)
-UV_INSTALL = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(UV) pip install
+UV_INSTALL = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(UV) pip install --compile-bytecode
 
 # A killed Snakemake leaves its lock behind. The mark says that the last one was ours and did not end, and the flock that
 # it is not alive: then, and only then, the lock is taken off.

@@ -1,55 +1,146 @@
-"""Images a second of one loader process: 256 px from 512 px JPEGs, against latent shards of the same."""
+"""The loader side by side with the plain webdataset pipeline, with latent shards, and at ten times the shards.
+
+Images a second of one process: 256 px from 1024 px JPEGs, by this loader and by decode("pil"), resize, centre crop, to
+tensor; latents of the same. Then the peak memory of a process that walks an epoch of n and of 10 n shards.
+"""
 
 import io
 import itertools
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import webdataset as wds
 from PIL import Image
 from safetensors.torch import save
 
 from sdtrain import loader, shards
 
-SAMPLES, BATCH, ROUNDS = 128, 16, 3
+SIDE, RESOLUTION, BATCH, ROUNDS = 1024, 256, 16, 5
+IMAGES, LATENTS = 64, 1024
+SHARDS, WINDOW, READ = 40, 16, 2000
+
+
+# ---------------------------------------------------------------- data
+def draw_photo(seed: int) -> bytes:
+    """A JPEG like a photograph: smooth shapes at several scales, straight edges, a little noise; about 200 KB."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((SIDE, SIDE, 3), 128.0)
+    for cells, contrast in ((4, 80), (16, 40), (64, 20), (256, 8)):
+        for channel, noise in enumerate(rng.normal(0, contrast, (3, cells, cells)).astype(np.float32)):
+            pixels[..., channel] += Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
+    for a, b, c in rng.normal(0, 1, (12, 3)):
+        pixels[a * x + b * y > 0.3 * c] += rng.normal(0, 30, 3)
+    pixels += rng.normal(0, 3, pixels.shape)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def write_shards(folder: Path) -> dict[str, str]:
-    """One shard of JPEGs and one of latents; returns their paths."""
-    rng = np.random.default_rng(0)
+    """One shard of JPEGs and one of latents; returns the paths of their manifests."""
+    photos = [draw_photo(i) for i in range(8)]
     with (
-        shards.ShardWriter(folder / "images", SAMPLES) as images,
-        shards.ShardWriter(folder / "latents", SAMPLES) as latents,
+        shards.ShardWriter(folder / "images", IMAGES) as images,
+        shards.ShardWriter(folder / "latents", LATENTS) as lat,
     ):
-        for i in range(SAMPLES):
-            coarse = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
-            buffer = io.BytesIO()
-            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-            images.add(f"{i:05d}", {"jpg": buffer.getvalue(), "txt": b"a caption"})
-            latents.add(f"{i:05d}", {"latent": save({"latents": torch.randn(4, 32, 32).half()}), "txt": b"a caption"})
-    return {"images": str(images.paths[0]), "latents": str(latents.paths[0])}
+        for i in range(IMAGES):
+            images.add(f"{i:05d}", {"jpg": photos[i % len(photos)], "txt": b"a caption"})
+        for i in range(LATENTS):
+            lat.add(f"{i:05d}", {"latent": save({"latents": torch.randn(4, 32, 32).half()}), "txt": b"a caption"})
+    shards.write_manifest(folder / "images.json", "images", images.paths, {}, {})
+    shards.write_manifest(folder / "latents.json", "latents", lat.paths, {}, {})
+    return {"images": str(folder / "images.json"), "latents": str(folder / "latents.json"), "tar": str(images.paths[0])}
 
 
-def rate(dataset: loader.PositionDataset) -> float:
-    """Images a second over one epoch."""
-    stream = loader.batches(dataset, BATCH)
+# ---------------------------------------------------------------- speed
+def plain(path: str) -> Iterable[tuple[torch.Tensor, list[str]]]:
+    """The pipeline that the seed describes, in batches."""
+
+    def transform(sample: dict) -> tuple[torch.Tensor, str, str]:
+        image = sample["jpg"]
+        scale = RESOLUTION / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = ((side - RESOLUTION) // 2 for side in image.size)
+        image = image.crop((left, top, left + RESOLUTION, top + RESOLUTION))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+        return pixels, sample["txt"], sample["__key__"]
+
+    return wds.WebDataset(path, shardshuffle=False).decode("pil").map(transform).batched(BATCH)
+
+
+def rate(stream: Iterable, images: int) -> float:
+    """Images a second."""
     begin = time.perf_counter()
-    for _ in itertools.islice(stream, SAMPLES // BATCH):
+    for _ in itertools.islice(stream, images // BATCH):
         pass
-    return SAMPLES / (time.perf_counter() - begin)
+    return images / (time.perf_counter() - begin)
+
+
+def difference(dataset: loader.ImageDataset, path: str) -> float:
+    """Mean absolute difference of this loader's pixels and the plain pipeline's, in levels of 255."""
+    reference = {key: pixels for batch in plain(path) for pixels, key in zip(batch[0], batch[2], strict=True)}
+    items = [dataset[position] for position in range(IMAGES)]
+    return 127.5 * statistics.mean((i["pixels"] - reference[i["key"]]).abs().mean().item() for i in items)
+
+
+# ---------------------------------------------------------------- memory
+def peak() -> float:
+    """The peak of this process's memory so far, in MB. (What getrusage gives counts the parent's before the start.)"""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def walk(manifest: str) -> None:
+    """Read samples all along an epoch; print this process's peak of memory, and how much of it is the walk's, in MB."""
+    before = peak()
+    dataset = loader.LatentDataset(manifest, window=WINDOW)
+    for position in range(0, len(dataset), len(dataset) // READ):
+        dataset[position]
+    print(peak(), peak() - before)
+
+
+def memory(folder: Path, tar: Path, count: int) -> tuple[float, float]:
+    """The peak of a process that walks an epoch of `count` shards (links to one), and the walk's part of it, in MB."""
+    links = [folder / f"{count}-{i:05d}.tar" for i in range(count)]
+    for link in links:
+        os.link(tar, link)
+    manifest = folder / f"{count}.json"
+    shards.write_manifest(manifest, "latents", links, {}, {})
+    done = subprocess.run([sys.executable, __file__, str(manifest)], check=True, capture_output=True, text=True)
+    whole, part = map(float, done.stdout.split())
+    print(f"peak memory at {count} shards: {whole:.0f} MB, of which the walk {part:.0f} MB")
+    return whole, part
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_shards(Path(folder))
-        images, latents = loader.ImageDataset(paths["images"], 256), loader.LatentDataset(paths["latents"])
-        for round_ in range(ROUNDS):  # in turn, so that a machine that slows down slows both
-            a, b = rate(images), rate(latents)
-            print(f"round {round_ + 1}: images {a:,.0f} img/s, latents {b:,.0f} img/s, ratio {b / a:.1f}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = write_shards(folder)
+        images, latents = loader.ImageDataset(paths["images"], RESOLUTION), loader.LatentDataset(paths["latents"])
+        ratios, gains = [], []
+        for round_ in range(ROUNDS):  # in turn, so that a machine that slows down slows all
+            w = rate(plain(paths["tar"]), IMAGES)
+            i = rate(loader.batches(images, BATCH), IMAGES)
+            z = rate(loader.batches(latents, BATCH), LATENTS)
+            ratios.append(i / w)
+            gains.append(z / i)
+            print(f"round {round_ + 1}: webdataset {w:,.0f} img/s, images {i:,.0f} img/s, latents {z:,.0f} img/s")
+        print(f"images / webdataset: {statistics.median(ratios):.2f} (at least 2)")
+        print(f"pixels differ by {difference(images, paths['tar']):.2f} of 255 on average (at most 2)")
+        print(f"latents / images: {statistics.median(gains):.1f} (at least 20)")
+        few, many = (memory(folder, folder / "latents/00000.tar", count) for count in (SHARDS, 10 * SHARDS))
+        print(f"memory at ten times the shards: {many[0] / few[0]:.2f} times, of the walk {many[1] / few[1]:.2f} times")
 
 
 if __name__ == "__main__":
-    main()
+    walk(sys.argv[1]) if len(sys.argv) > 1 else main()

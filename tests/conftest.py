@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,36 @@ def image_shards(tmp_path_factory) -> Path:
         number += size
     shards.write_manifest(folder / "manifest.json", "images", tars, {}, {"test": "image_shards"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[types.SimpleNamespace]:
+    """A real S3 server on loopback, which the environment names to this process and to the commands it starts.
+
+    `endpoint`; `put(key, data) -> "s3://tests/key"`; `url(key)`; and `client`, boto3's.
+    """
+    import logging
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    names = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**names, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="tests")
+
+        def url(key: str) -> str:
+            return f"s3://tests/{key}"
+
+        def put(key: str, data: bytes) -> str:
+            client.put_object(Bucket="tests", Key=key, Body=data)
+            return url(key)
+
+        yield types.SimpleNamespace(endpoint=endpoint, url=url, put=put, client=client)
+    server.stop()

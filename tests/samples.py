@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -47,6 +49,38 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "workflow")}
     command = [sys.executable, f"workflow/scripts/{name}.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+def call_script(name: str, arguments: list[str], replaces: int | None = None) -> None:
+    """Run a command of workflow/scripts in this process; with `replaces`, kill -9 it when it has put so many files
+    in place and is about to put the next: the points at which random kills seldom fall."""
+    count = iter(range(10**9))
+
+    def replace(*paths):
+        if next(count) == replaces:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os_replace(*paths)
+
+    os_replace, os.replace = os.replace, os.replace if replaces is None else replace
+    load_script(name).main([name, *arguments])
+
+
+def kill_script(name: str, arguments: list[str], *, after: float | None = None, replaces: int | None = None) -> bool:
+    """Start a command in a process of its own and kill -9 it `after` seconds, or as `call_script` says.
+
+    Returns whether it was killed; False: it had ended well before.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["sdtrain.config", "sdtrain.tables", "tqdm", "PIL.Image"]
+    )  # so that starts are quick
+    process = context.Process(target=call_script, args=(name, arguments, replaces))
+    process.start()
+    process.join(after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), f"{name}: ended with {process.exitcode}"
+    return process.exitcode != 0
 
 
 def make_tokenizer():

@@ -16,9 +16,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from samples import load_script, write_tar
 from trainings import SCRIPTS, TORCHRUN, environment, kill_all
 
-from sdtrain import config, loader, schema
+from sdtrain import config, loader, schema, shards
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
@@ -214,6 +215,82 @@ def test_a_second_stage_starts_from_the_firsts_weights(by_milestones, train, sta
     record = json.loads((by_milestones / "logs/tiny/stage2/0/train.json").read_text())
     assert record["sources"]["init"] == json.loads((first.parent / "train.json").read_text())["fingerprint"]
     assert same(weights(first), weights(by_milestones / "logs/tiny/stage2/0/pipeline"))
+
+
+# ---------------------------------------------------------------- latents with states of the captions
+@pytest.fixture(scope="module")
+def text_parts(tiny_parts, tmp_path_factory) -> Path:
+    """The parts as a component: with a record."""
+    folder = shutil.copytree(tiny_parts, tmp_path_factory.mktemp("components") / "parts")
+    config.write_json(f"{folder}.json", {"fingerprint": "00000000000000aa"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
+    """Manifests of the same latents: online (captions only), cached (their states too), permuted (other captions)."""
+    script, root = load_script("precompute_latents"), tmp_path_factory.mktemp("latents")
+    images = shards.read_manifest(image_shards / "manifest.json")["shards"]
+    for row in images:
+        samples = [(s.key, {e: s.read(e) for e in s.fields}) for s in shards.index_tar(row["path"])]
+        captions = [fields["txt"] for _, fields in samples]
+        for (_, fields), caption in zip(samples, captions[1:] + captions[:1], strict=True):
+            fields["txt"] = caption
+        write_tar(root / Path(row["path"]).name, samples)
+    shards.write_manifest(root / "permuted.json", "images", sorted(root.glob("*.tar")), {}, {})
+    manifests = {}
+    for name, text in (("online", None), ("cached", str(text_parts)), ("permuted", str(text_parts))):
+        (root / name).mkdir()
+        manifests[name] = root / name / "manifest.json"
+        source = root / "permuted.json" if name == "permuted" else image_shards / "manifest.json"
+        settings = config.load(schema.LatentsConfig, overrides=["workers=0"])
+        script.precompute(settings, str(text_parts), text, 32, str(source), manifests[name])
+    return manifests
+
+
+@pytest.fixture(scope="module")
+def on_latents(train, latents, stage_yaml, text_parts, tmp_path_factory):
+    """on_latents(name, dropout): the folder of a training on one of them, at a caption dropout."""
+    done = {}
+
+    def trained(name: str, dropout: float) -> Path:
+        if (name, dropout) not in done:
+            folder = done[name, dropout] = tmp_path_factory.mktemp("on_latents")
+            options = [f"dataset.params.path={latents[name]}", f"objective.caption_dropout={dropout}"]
+            options += [f"model.{part}.pretrained={text_parts}" for part in ("vae", "text_encoder", "tokenizer")]
+            options += ["dataset.type=LatentDataset", "experiment.milestones=[]", "optimizer.params.epsilon=1e-4"]
+            result = train(folder, f"config={stage_yaml}", *options)
+            assert result.codes == [0], result.text
+        return done[name, dropout] / RUN
+
+    return trained
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in log(run)]
+
+
+def test_cached_states_teach_what_captions_encoded_online_teach(on_latents):
+    online, cached = losses(on_latents("online", 0.5)), losses(on_latents("cached", 0.5))
+    assert len(online) == 8 and cached == pytest.approx(online, rel=1e-4)  # states in float16
+    assert losses(on_latents("cached", 0.0)) != pytest.approx(online, rel=1e-4)  # captions show, and so does dropout
+
+
+def test_with_all_captions_dropped_cached_states_do_not_matter(on_latents):
+    cached, permuted, online = (last_checkpoint(on_latents(n, 1.0))["unet"] for n in ("cached", "permuted", "online"))
+    assert same(cached, permuted)
+    assert same(cached, online, atol=5e-5, rtol=1e-3)
+    kept = [last_checkpoint(on_latents(name, 0.0))["unet"] for name in ("cached", "permuted")]
+    assert not same(*kept)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae"])
+def test_latents_of_another_network_are_refused(tmp_path, train, latents, stage_yaml, text_parts, part):
+    other = shutil.copytree(text_parts, tmp_path / "other")
+    config.write_json(f"{other}.json", {"fingerprint": "00000000000000bb"})
+    options = ["dataset.type=LatentDataset", f"dataset.params.path={latents['cached']}"]
+    result = train(tmp_path, f"config={stage_yaml}", *options, f"model.{part}.pretrained={other}")
+    refused(result, f"model.{part}", str(other), "00000000000000bb", "00000000000000aa", str(latents["cached"]))
 
 
 # ---------------------------------------------------------------- the seed's own YAML

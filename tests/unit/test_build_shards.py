@@ -1,106 +1,37 @@
-"""build_shards, run as a command: img2dataset really downloads, is judged by its statistics, goes on after a kill."""
+"""build_shards, run as a command: img2dataset really downloads a part of a selection, its statistics are judged."""
 
 from __future__ import annotations
 
-import fcntl
-import http.server
+import datetime
+import decimal
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 from pathlib import Path
 
+import downloads
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from downloads import Work
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from samples import load_script
 
-from sdtrain.shards import ShardWriter, index_tar, read_manifest
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "workflow" / "scripts" / "build_shards.py"
-CONFIG = {"image_size": 16, "samples_per_shard": 4, "processes": 1, "threads": 4, "retries": 0, "columns": ["group"]}
-
-
-def png(number: int, size=(24, 16)) -> bytes:
-    """Left half of a colour of its own, right half transparent."""
-    image = Image.new("RGBA", size, (0, 0, 0, 0))
-    image.paste((10 * number, 200, 40, 255), (0, 0, size[0] // 2, size[1]))
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    return sink.getvalue()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """`/{number}.png` is an image; `server.broken` and `server.absent` numbers are not; `server.slow` seconds each."""
-
-    def do_GET(self):
-        self.server.asked[self.path] += 1
-        number = int(Path(self.path).stem)
-        time.sleep(self.server.slow * (number % 3))  # so that they end out of order
-        if number in self.server.absent:
-            return self.send_error(404)
-        body = b"no image" if number in self.server.broken else png(number)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def serve():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.block_on_close = True, False
-    server.asked, server.absent, server.broken, server.slow = Counter(), set(), set(), 0.02
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+from sdtrain.shards import index_tar
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serve() as server:
+    with downloads.serve() as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture(autouse=True)
 def reset(server):
-    server.asked, server.absent, server.broken, server.slow = Counter(), set(), set(), 0.02
-
-
-class Work:
-    """A folder in which the command is started or run on a selection of `n` images."""
-
-    def __init__(self, folder: Path, server):
-        self.folder, self.output, self.server = folder, folder / "shards" / "manifest.json", server
-
-    def select(self, n: int):
-        urls = [f"http://127.0.0.1:{self.server.server_port}/{i}.png" for i in range(n)]
-        table = {"url": urls, "caption": [f"caption {i}" for i in range(n)], "group": ["even", "odd"] * (n // 2)}
-        pq.write_table(pa.table(table), self.folder / "selected.parquet")
-
-    def start(self, environment=None, **config):
-        (self.folder / "shards.yaml").write_text(yaml.safe_dump(CONFIG | config))
-        command = [sys.executable, SCRIPT, f"config={self.folder}/shards.yaml", f"output={self.output}"]
-        if "path" not in config:
-            command.append(f"selection={self.folder}/selected.parquet")
-        env = os.environ | {"PYTHONPATH": str(ROOT / "workflow")} | (environment or {})
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-
-    def run(self, **config):
-        process = self.start(**config)
-        said, _ = process.communicate(timeout=120)
-        assert "Traceback" not in said, said
-        assert (process.returncode == 0) == self.output.exists(), said
-        return (read_manifest(self.output, full=True) if self.output.exists() else None), said
+    downloads.reset(server)
 
 
 @pytest.fixture
@@ -112,8 +43,7 @@ def work(tmp_path, server):
 def built(tmp_path_factory, server):
     """A build of ten images, of which 1, 2 and 5 fail; tests that change something work on a copy."""
     work = Work(tmp_path_factory.mktemp("built"), server)
-    server.absent, server.broken = {1, 5}, {2}
-    work.select(10)
+    work.select([f"{'404/' * (i in (1, 5)) + 'html/' * (i == 2)}{i}.png" for i in range(10)])
     manifest, said = work.run()
     return work, manifest, said
 
@@ -126,13 +56,15 @@ def copy(built, tmp_path, server):
     return work
 
 
-def samples(manifest: dict) -> list[dict]:
+def samples(manifest: dict, extension="jpg") -> list[dict]:
     """Every sample's metadata, image and caption, in order."""
     found = []
     for row in manifest["shards"]:
         for sample in index_tar(row["path"]):
-            image = Image.open(io.BytesIO(sample.read("jpg")))
-            found.append(json.loads(sample.read("json")) | {"image": image, "txt": sample.read("txt").decode()})
+            image = Image.open(io.BytesIO(sample.read(extension)))
+            meta = json.loads(sample.read("json"))
+            assert meta["key"] == sample.key
+            found.append(meta | {"image": image, "txt": sample.read("txt").decode()})
     return found
 
 
@@ -152,23 +84,98 @@ def test_images_become_shards_whatever_order_they_arrive_in(built):
 
 def test_failures_are_counted_by_reason(built):
     _, manifest, said = built
-    assert sum(manifest["dropped"].values()) == 3 and "3 dropped" in said
-    assert manifest["dropped"]["HTTP Error 404: Not Found"] == 2
+    assert manifest["dropped"] == {"HTTP Error 404: Not Found": 2, "not a readable image": 1} and "3 dropped" in said
 
 
-def test_a_damaged_shard_is_made_again_with_the_same_bytes(copy, built, server):
-    server.absent, server.broken = {1, 5}, {2}
-    shard = copy.folder / "shards" / built[1]["shards"][1]["name"]
-    shard.write_bytes(shard.read_bytes()[:2000])
+def test_damaged_shards_are_made_again_with_the_same_bytes(copy, built, server):
+    """A shard cut short, statistics half written, all that a kill may leave half made; and a disk that refuses."""
+    folder = copy.output.parent / Path(built[1]["shards"][1]["name"]).parent
+    tar, stats = folder / "00001.tar", folder / "download/00002_stats.json"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    stats.write_text(stats.read_text()[:30])
+    for litter in ("ordered/00000.tar", "ordered/.00000.tar.tmp", "download/_tmp/1.feather", "download/00001.tar"):
+        (folder / litter).parent.mkdir(exist_ok=True)
+        (folder / litter).write_bytes(b"half")
+    (copy.output.parent / ".manifest.rows.tmp").write_bytes(b"half")
+    in_the_way = folder / "download/00001.tar"
+    in_the_way.unlink()
+    in_the_way.mkdir()
     manifest, said = copy.run()
-    assert manifest["fingerprint"] == built[1]["fingerprint"], said
-    assert sorted(server.asked) == [f"/{i}.png" for i in range(4, 8)], "whole shards are left as they are"
+    assert manifest is None and "img2dataset gave up shards of 4 of 10 rows" in said
+    in_the_way.rmdir()
+    copy.run()
+    assert downloads.content(copy.output) == downloads.content(built[0].output)
+    assert sorted(Path(path).stem for path in server.asked) == list("456789"), "whole shards are left as they are"
+    assert not (folder / "ordered").exists() and not (folder / "download/_tmp").exists()
 
 
-def test_another_size_is_another_folder(copy, built):
-    manifest, _ = copy.run(image_size=8)
-    assert manifest["samples"] == 10 and samples(manifest)[0]["image"].size == (12, 8)
+def test_options_reach_img2dataset_and_lead_to_another_folder(copy, built, server):
+    unlike_json = [[], [], [], [datetime.date(2020, 1, 1)]]
+    copy.select(["opaque/0.png", "small/1.png", "2.png", "opaque/3.png"], thing=unlike_json)
+    manifest, said = copy.run(
+        columns=["thing"],
+        encode_format="png",
+        encode_quality=1,
+        skip_reencode=True,
+        min_image_size=10,
+        min_success_rate=0.2,
+        user_agent_token="123",  # a text, though it looks like a number
+        options={"compute_hash": "md5", "extract_exif": False, "max_image_area": 300},
+    )
+    reasons = {"image area too large": 1, "image too small": 1, "not written; see img2dataset.log": 1}
+    assert manifest["dropped"] == reasons and manifest["samples"] == 1, said
+    (sample,) = index_tar(manifest["shards"][0]["path"])
+    assert sample.read("png") == downloads.png(0, (16, 16), (0, 0, 0, 255)), "the server's own bytes"
+    (sample,) = samples(manifest, "png")
+    assert "md5" in sample and "exif" not in sample
+    assert all("; 123;" in agent for agent in server.agents), server.agents
+    assert manifest["made_by"]["encode_format"] == "png" and manifest["made_by"]["options"]["compute_hash"] == "md5"
     assert Path(manifest["shards"][0]["name"]).parent != Path(built[1]["shards"][0]["name"]).parent
+
+
+def test_an_empty_part_is_valid_and_keys_name_their_part(work, server):
+    work.select(1)
+    empty, said = work.run(part=0, parts=2, output=work.output.with_name("0-of-2.json"))
+    assert (empty["samples"], empty["shards"], empty["dropped"]) == (0, [], {}), said
+    manifest, said = work.run(part=1, parts=2, output=work.output.with_name("1-of-2.json"))
+    (sample,) = samples(manifest)
+    assert (sample["key"], sample["txt"], sample["status"]) == ("001-000000", "caption 0", "success")
+    assert server.asked == Counter({"/0.png": 1})
+
+
+@given(st.integers(0, 30), st.integers(1, 9), st.integers(1, 7))
+def test_rows_of_the_parts_add_up_to_the_selection(tmp_path_factory, n, parts, group):
+    folder = tmp_path_factory.mktemp("rows")
+    table = pa.table({"url": [str(i) for i in range(n)], "more": range(n), "caption": ["x"] * n})
+    pq.write_table(table, folder / "selected.parquet", row_group_size=group)
+    script = load_script("build_shards")
+    found = []
+    for part in range(parts):
+        begin, end = part * n // parts, (part + 1) * n // parts
+        script.write_rows(folder / "selected.parquet", begin, end, ["url", "caption"], folder / "rows.parquet")
+        rows = pq.read_table(folder / "rows.parquet")
+        assert rows.num_rows == end - begin and rows.column_names == ["url", "caption"]
+        found += rows["url"].to_pylist()
+    assert found == table["url"].to_pylist()
+
+
+def test_times_and_decimals_become_texts(tmp_path):
+    values = {"url": ["u"], "caption": ["c"], "at": [datetime.datetime(2020, 1, 2)], "cost": [decimal.Decimal("1.50")]}
+    pq.write_table(pa.table(values), tmp_path / "selected.parquet")
+    load_script("build_shards").write_rows(tmp_path / "selected.parquet", 0, 1, list(values), tmp_path / "rows.parquet")
+    (row,) = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert row["cost"] == "1.50" and row["at"].startswith("2020-01-02")
+
+
+def test_two_builds_do_not_write_the_same(tmp_path, monkeypatch):
+    script = load_script("build_shards")
+    monkeypatch.setattr(script, "PATIENCE", 0)
+    with script.locked(tmp_path / "a.json"), script.locked(tmp_path / "b.json"):
+        with pytest.raises(script.BuildError, match=r"a\.json: another build still writes it"):
+            with script.locked(tmp_path / "a.json"):
+                pass
+    with script.locked(tmp_path / "a.json"):
+        pass
 
 
 def test_too_few_images_are_an_error_and_are_asked_again(work, server):
@@ -182,92 +189,26 @@ def test_too_few_images_are_an_error_and_are_asked_again(work, server):
     assert [server.asked[f"/{i}.png"] for i in range(10)] == 4 * [1] + 6 * [2]
 
 
-def test_a_killed_build_goes_on_where_it_was(work, server):
-    work.select(12)
-    server.slow = 0.3
-    process = work.start(threads=1)
-    wait(lambda: list(work.output.parent.glob("*/00000_stats.json")))
-    process.kill()
-    process.communicate()
-    assert not work.output.exists()
-    manifest, said = work.run(threads=1)
-    if manifest is None:  # the img2dataset that the killed build left is still at work
-        assert "another build still writes there" in said
-        wait(lambda: free(work))
-        manifest, said = work.run(threads=1)
-    assert manifest["samples"] == 12, said
-    assert [server.asked[f"/{i}.png"] for i in range(4)] == [1] * 4
-
-
-def test_a_terminated_build_ends_its_img2dataset(work, server):
-    work.select(12)
-    server.slow = 5
-    process = work.start(threads=1, environment={"BUILD": work.folder.name})
-    wait(lambda: server.asked)
-    assert not free(work) and len(alive(work)) > 2
-    process.terminate()
-    process.communicate(timeout=30)
-    assert process.returncode and not work.output.exists()
-    assert free(work)
-    wait(lambda: not alive(work), 10)
-
-
-def alive(work) -> list[str]:
-    """The processes of a build that carries its folder's name in its environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"BUILD={work.folder.name}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append(process.name)
-        except OSError:  # ended meanwhile, or another user's
-            continue
-    return found
-
-
-def free(work) -> bool:
-    """Whether no build holds the folder."""
-    (lock,) = work.output.parent.glob("*/.lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-def wait(ready, limit=60):
-    end = time.monotonic() + limit
-    while not ready():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.1)
-
-
-def test_existing_shards_are_adopted_in_place(work, tmp_path):
-    with ShardWriter(tmp_path / "there", 2) as writer:
-        for i in range(4):
-            writer.add(f"{i:04d}", {"jpg": b"x", "cls": b"7"})
-    manifest, _ = work.run(path=f"{tmp_path}/there/{{00000..00001}}.tar")
-    assert manifest["samples"] == 4 and [row["name"] for row in manifest["shards"]] == [
-        "../there/00000.tar",
-        "../there/00001.tar",
-    ]
-    work.output.unlink()
-    manifest, said = work.run(path=f"{tmp_path}/there/{{00000..00002}}.tar")
-    assert manifest is None and "00002.tar: shard is missing" in said
-
-
 @pytest.mark.parametrize(
     "config, message",
     [
         ({"columns": ["grup"]}, "has no column grup; did you mean group?"),
         ({"columns": ["width"]}, "shards.columns: width is written by img2dataset itself"),
-        ({"resize_mode": "stretch"}, "img2dataset failed"),
+        ({"columns": ["bytes"]}, "shards.columns: bytes holds bytes"),
+        ({"resize_mode": "stretch"}, "img2dataset failed: ValueError: Invalid option for resize_mode: stretch"),
         ({"environment": {"IMG2DATASET": "/none/img2dataset"}}, "img2dataset is not there (/none/img2dataset)"),
         ({"colums": []}, "unknown key colums; did you mean columns?"),
+        ({"encode_format": "png"}, "shards.encode_quality: of png it is the compression, from 0 to 9"),
+        ({"options": {"thread_count": 3}}, "shards.options.thread_count: set shards.threads instead"),
+        ({"options": {"timeout": 3}}, "shards.options.timeout: set shards.timeout instead"),
+        ({"options": {"output_format": "files"}}, "shards.options.output_format: not an option to set here"),
+        ({"options": {"compute_hsah": "md5"}}, "shards.options.compute_hsah: did you mean compute_hash?"),
+        ({"options": {"bbox_col": "boxes"}}, "has no column boxes"),
+        ({"part": 2, "parts": 2}, "part=2 parts=2: a part from 0 to parts - 1 is expected"),
     ],
 )
 def test_bad_input_says_what_and_leaves_nothing(work, config, message):
-    work.select(4)
+    work.select(4, bytes=[b"x"] * 4)
     manifest, said = work.run(**config)
     assert manifest is None and message in said
 
@@ -278,3 +219,22 @@ def test_missing_and_empty_selections_are_refused(work):
     work.select(0)
     manifest, said = work.run()
     assert manifest is None and "no rows" in said and "select.held_out.fraction" in said
+
+
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ("<urlopen error [Errno -2] Name or service not known>", "Name or service not known"),
+        ("<urlopen error timed out>", "timed out"),
+        ("HTTP Error 404: no such thing as /1.png", "HTTP Error 404: Not Found"),
+        ("HTTP Error 799: Denied to 10.0.0.1", "HTTP Error 799"),
+        ("unknown url type: 'ftq://a b'", "unknown url type: …"),
+        (
+            "OpenCV(4.1) /io/x.cpp:7: error: (-2:Unspecified error) bad\n in function",
+            "(-2:Unspecified error) bad in function",
+        ),
+        ("", "unknown"),
+    ],
+)
+def test_reasons_are_few_and_readable(said, reason):
+    assert load_script("build_shards").explain(said) == reason

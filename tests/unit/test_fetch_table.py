@@ -7,11 +7,13 @@ import http.server
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from pyarrow import csv
+from samples import call_script, kill_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "workflow" / "scripts" / "fetch_table.py"
@@ -31,6 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         body = self.server.routes.get(self.path.partition("?")[0])
+        self.server.asked.append(self.path)
         if body is None:
             return self.send_error(404)
         self.send_response(200)
@@ -39,7 +44,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[: self.server.cut_after])
 
     do_HEAD = do_GET
 
@@ -52,6 +57,7 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
         server.routes, server.url = {}, f"http://127.0.0.1:{server.server_port}"
+        server.asked, server.cut_after = [], None
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -83,6 +89,25 @@ def fetch(tmp_path):
     return run
 
 
+@pytest.fixture
+def fetch_here(tmp_path, capsys):
+    """The same in this process, which is quicker; kind: files where the config names none."""
+
+    def run(config: dict):
+        (tmp_path / "table.yaml").write_text(yaml.safe_dump({"kind": "files"} | config, sort_keys=False))
+        output = tmp_path / "data" / "table.parquet"
+        said = ""
+        try:
+            call_script("fetch_table", [f"config={tmp_path}/table.yaml", f"output={output}"])
+        except SystemExit as error:
+            said = str(error)
+        assert output.exists() == (not said), said
+        assert not list(tmp_path.rglob(".*.tmp"))
+        return (pq.read_table(output) if output.exists() else None), said + capsys.readouterr().out
+
+    return run
+
+
 # ---------------------------------------------------------------- files
 ROWS = pa.table(
     {"URL": ["https://example.org/a.jpg", "https://example.org/b.jpg"], "TEXT": ["a", "b"], "WIDTH": [1, 2]}
@@ -104,13 +129,64 @@ def test_files_become_one_table_under_our_names(fetch, tmp_path):
     assert "4 rows" in said
 
 
-def test_a_url_is_downloaded_and_checked(fetch, server):
+def test_a_url_is_downloaded_and_checked(fetch_here, server):
     server.routes["/some/t.parquet"] = parquet()
-    config = {"kind": "files", "path": f"{server.url}/some/t.parquet", "columns": COLUMNS}
-    table, said = fetch(config | {"sha256": "0" * 64})
+    config = {"path": f"{server.url}/some/t.parquet", "columns": COLUMNS}
+    table, said = fetch_here(config | {"sha256": "0" * 64})
     assert table is None and "sha256 is" in said and "delete the file" in said
-    table, _ = fetch(config | {"sha256": hashlib.sha256(parquet()).hexdigest()})
+    table, _ = fetch_here(config | {"sha256": hashlib.sha256(parquet()).hexdigest()})
+    assert table.num_rows == 2 and server.asked == ["/some/t.parquet"], "what was fetched is not fetched again"
+
+
+def test_another_url_with_the_same_file_name_is_another_file(fetch_here, server):
+    server.routes |= {"/v1/t.parquet": parquet(), "/v2/t.parquet": parquet(ROWS.slice(0, 1))}
+    for version, rows in ((1, 2), (2, 1)):
+        table, _ = fetch_here({"path": f"{server.url}/v{version}/t.parquet", "columns": COLUMNS})
+        assert table.num_rows == rows
+
+
+def test_urls_in_braces_are_all_downloaded(fetch_here, server):
+    server.routes |= {"/0.parquet": parquet(), "/1.parquet": parquet(ROWS.slice(1))}
+    table, _ = fetch_here({"path": f"{server.url}/{{0..1}}.parquet", "columns": COLUMNS})
+    assert table["caption"].to_pylist() == ["a", "b", "b"]
+
+
+def test_a_download_that_is_cut_off_is_an_error_and_then_made_again(fetch_here, server):
+    server.routes["/t.parquet"], server.cut_after = parquet(), 100
+    config = {"path": f"{server.url}/t.parquet", "columns": COLUMNS}
+    table, said = fetch_here(config)
+    assert table is None and "cannot download" in said and "cut off after 100 of" in said
+    server.cut_after = None
+    assert fetch_here(config)[0].num_rows == 2
+
+
+def test_a_table_on_s3_is_read_where_it_is(fetch_here, s3):
+    for name in "ab":
+        address = s3.put(f"fetch/{name}.parquet", parquet())
+    table, _ = fetch_here({"path": s3.url("fetch"), "columns": COLUMNS})
+    assert table.num_rows == 4
+    table, _ = fetch_here({"path": address, "columns": COLUMNS, "sha256": hashlib.sha256(parquet()).hexdigest()})
     assert table.num_rows == 2
+
+
+def test_paths_of_images_become_urls(fetch_here, tmp_path):
+    folder = tmp_path / "some images"
+    folder.mkdir()
+    (folder / "ü 1.jpg").write_bytes(b"pixels")
+    urls = [
+        "ü 1.jpg",
+        "./sub/../2#.jpg",
+        "/abs/3.jpg",
+        "https://example.org/a b.jpg",
+        "s3://x/y.jpg",
+        "data:image/png,x",
+    ]
+    csv.write_csv(pa.table({"url": [*urls, None], "caption": list("abcdefg")}), folder / "t.csv")
+    table, _ = fetch_here({"path": str(folder)})
+    here, quoted = folder.as_uri(), "%C3%BC%201.jpg"
+    assert table["url"].to_pylist()[:6] == [f"{here}/{quoted}", f"{here}/2%23.jpg", "file:///abs/3.jpg", *urls[3:]]
+    with urllib.request.urlopen(table["url"][0].as_py()) as answer:
+        assert answer.read() == b"pixels"
 
 
 @pytest.mark.parametrize(
@@ -118,23 +194,54 @@ def test_a_url_is_downloaded_and_checked(fetch, server):
     [
         ({"path": None}, "table.path: missing"),
         ({"path": "none/*.csv"}, "none/*.csv: no table there"),
+        ({"path": "none/{a"}, "none/{a: no table there (unbalanced braces"),
         ({"path": f"{NOWHERE}/t.parquet"}, "cannot download"),
+        ({"path": f"{NOWHERE}/{{0..1}}.parquet", "sha256": "0" * 64}, "cannot download"),
+        ({"path": "{a,b}.parquet", "sha256": "0" * 64}, "table.sha256: it is of a single file, and"),
         ({"columns": {"url": "Url"}}, "columns.url: no column Url; did you mean URL?"),
         ({"columns": {"url": "URL"}}, "no column caption"),
+        ({"columns": {"url": "WIDTH", "caption": "TEXT"}}, "the column url holds int64; texts are expected"),
         ({"kind": "file"}, "table.kind: 'file' is not one of files, hub, emoji"),
         ({"columm": {}}, "unknown key columm; did you mean columns?"),
     ],
 )
-def test_bad_input_says_what_and_leaves_nothing(fetch, tmp_path, change, message):
+def test_bad_input_says_what_and_leaves_nothing(fetch_here, tmp_path, change, message):
     (tmp_path / "t.parquet").write_bytes(parquet())
-    table, said = fetch({"kind": "files", "path": f"{tmp_path}/t.parquet", "columns": COLUMNS} | change)
+    table, said = fetch_here({"path": f"{tmp_path}/t.parquet", "columns": COLUMNS} | change)
     assert table is None and message in said
 
 
-def test_an_empty_table_is_refused(fetch, tmp_path):
+def test_an_empty_table_is_refused(fetch_here, tmp_path):
     (tmp_path / "t.parquet").write_bytes(parquet(ROWS.slice(0, 0)))
-    table, said = fetch({"kind": "files", "path": f"{tmp_path}/t.parquet", "columns": COLUMNS})
+    table, said = fetch_here({"path": f"{tmp_path}/t.parquet", "columns": COLUMNS})
     assert table is None and "the table has no rows" in said
+
+
+def test_after_kills_the_same_command_ends_in_the_same_bytes(server, tmp_path):
+    """Killed at random points and just before each file is put in place; the tables are a download."""
+    n = 60_000
+    many = {"url": [f"images/{i}.jpg" for i in range(n)], "caption": [f"caption {i}" for i in range(n)]}
+    server.routes |= {f"/{i}.parquet": parquet(pa.table(many).slice(i * n // 2, n // 2)) for i in range(2)}
+    (tmp_path / "table.yaml").write_text(f"path: {server.url}/{{0..1}}.parquet")
+    output = tmp_path / "data" / "table.parquet"
+    command = [f"config={tmp_path}/table.yaml", f"output={output}"]
+
+    def files():
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / "data").rglob("*") if p.is_file()}
+
+    assert not kill_script("fetch_table", command)
+    expected = files()
+    assert len(expected) == 3
+    draw, killed = random.Random(0), 0
+    for point in [{"replaces": i} for i in range(3)] + [{"after": draw.uniform(0, 0.5)} for _ in range(10)]:
+        shutil.rmtree(tmp_path / "data")
+        killed += kill_script("fetch_table", command, **point)
+        assert all(data == expected[name] for name, data in files().items() if not Path(name).name.startswith("."))
+        kill_script("fetch_table", command, after=draw.uniform(0, 0.5))  # and once more, over what is left
+        assert len(files()) <= 2 * len(expected), "what a killed process leaves aside piles up"
+    assert killed >= 3
+    assert not kill_script("fetch_table", command)
+    assert files() == expected
 
 
 # ---------------------------------------------------------------- hub
@@ -220,8 +327,8 @@ def put(tmp_path: Path, images: bytes, captions: bytes) -> dict:
     return emoji(images, captions)
 
 
-def test_emoji_join_by_hex_code(fetch, tmp_path):
-    table, _ = fetch(put(tmp_path, tarball(IMAGES), tarball(CAPTIONS)))
+def test_emoji_join_by_hex_code(fetch_here, tmp_path):
+    table, _ = fetch_here(put(tmp_path, tarball(IMAGES), tarball(CAPTIONS)))
     rows = table.to_pylist()
     assert [r["caption"] for r in rows] == [
         "red heart",
@@ -238,26 +345,26 @@ def test_emoji_join_by_hex_code(fetch, tmp_path):
         assert (row["original_width"], row["original_height"]) == (8, 6)
 
 
-def test_no_name_in_a_package_leads_outside_its_folder(fetch, tmp_path):
+def test_no_name_in_a_package_leads_outside_its_folder(fetch_here, tmp_path):
     evil = {"../../../../evil.webp": webp(), f"{tmp_path}/evil2.webp": webp(), "package/assets/../../x.webp": webp()}
-    table, _ = fetch(put(tmp_path, tarball(IMAGES | evil), tarball(CAPTIONS)))
+    table, _ = fetch_here(put(tmp_path, tarball(IMAGES | evil), tarball(CAPTIONS)))
     assert table.num_rows == 4
     found = list(tmp_path.rglob("*.webp"))
     assert {f.parent.parent for f in found} == {tmp_path / "data" / "images"} and len(found) == len(IMAGES) + 3
 
 
-def test_another_checksum_is_refused(fetch, tmp_path):
+def test_another_checksum_is_refused(fetch_here, tmp_path):
     config = put(tmp_path, tarball(IMAGES), tarball(CAPTIONS))
     config["captions"]["sha256"] = "0" * 64
-    table, said = fetch(config)
+    table, said = fetch_here(config)
     assert table is None and "some-data-1.0.0.tgz: sha256 is" in said
 
 
-def test_packages_without_a_common_code_and_missing_keys_are_refused(fetch, tmp_path):
+def test_packages_without_a_common_code_and_missing_keys_are_refused(fetch_here, tmp_path):
     config = put(tmp_path, tarball({"package/assets/ffff.webp": webp()}), tarball(CAPTIONS))
-    table, said = fetch(config)
+    table, said = fetch_here(config)
     assert table is None and "no hex code in common" in said
-    table, said = fetch({"kind": "emoji", "images": config["images"]})
+    table, said = fetch_here({"kind": "emoji", "images": config["images"]})
     assert table is None and "table.captions: missing" in said
 
 

@@ -1,218 +1,223 @@
-"""The stream of a training: which sample stands where, what becomes of an image, and what is lost on the way."""
+"""The stream of a training: which sample stands where at any world size, and what is lost on the way."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
-import random
-import warnings
-import zlib
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from samples import draw, jpeg, make_sample, write_tar
 
-from sdtrain import config, loader, schema, shards
-from sdtrain.loader import DataError
+from sdtrain import config, images, loader, schema, shards
+from sdtrain.loader import DataError, Order
 
 
 @pytest.fixture(scope="module")
-def dataset(image_shards):
-    return loader.ImageDataset(str(image_shards / "manifest.json"), 32, crop="random", flip=True, seed=7)
+def manifest(image_shards):
+    return str(image_shards / "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def dataset(manifest):
+    return loader.ImageDataset(manifest, 32, crop="random", flip=True, seed=7)
 
 
 def take(stream, count: int) -> list[dict]:
-    return [batch for batch, _ in zip(stream, range(count), strict=False)]
+    return list(itertools.islice(stream, count))
 
 
 def keys(dataset, count: int, **options) -> list[str]:
     return [key for batch in take(loader.batches(dataset, **options), count) for key in batch["key"]]
 
 
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-# ---------------------------------------------------------------- order
-@given(seed=st.integers(0, 2**31), epoch=st.integers(0, 1000), samples=st.integers(1, 300))
-def test_an_epoch_is_a_permutation(seed, epoch, samples):
-    assert sorted(loader.order(seed, epoch, samples)) == list(range(samples))
-
-
-def test_epochs_and_seeds_differ():
-    assert not np.array_equal(loader.order(0, 0, 50), loader.order(0, 1, 50))
-    assert not np.array_equal(loader.order(0, 0, 50), loader.order(1, 0, 50))
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4")
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_ranks_and_workers_share_the_epoch_out(dataset, world_size, workers):
-    """Two epochs of 41 samples, in global batches of 6: each sample once an epoch, in one order at any world size."""
-    ranks = [
-        keys(dataset, 14, batch_size=6 // world_size, rank=r, world_size=world_size, workers=workers)
-        for r in range(world_size)
-    ]
-    size = 6 // world_size
-    stream = [key for batch in range(14) for rank in ranks for key in rank[batch * size : (batch + 1) * size]]
-    expected = [dataset.locate(p).key for p in range(84)]
-    assert stream == expected
-    assert sorted(stream[:41]) == sorted(stream[41:82]) == sorted(s.key for s in dataset.samples)
-
-
-def test_a_resume_goes_on_with_the_same_images(dataset):
-    whole = take(loader.batches(dataset, 4), 6)
-    again = take(loader.batches(dataset, 4, start=12), 3)
-    for one, two in zip(whole[3:], again, strict=True):
-        assert one["key"] == two["key"] and one["caption"] == two["caption"]
-        assert torch.equal(one["pixels"], two["pixels"])  # crops and flips too
-    assert whole[0]["pixels"].shape == (4, 3, 32, 32) and whole[0]["pixels"].dtype == torch.float32
-    assert -1 <= whole[0]["pixels"].min() and whole[0]["pixels"].max() <= 1
-
-
-# ---------------------------------------------------------------- which samples
-def test_samples_without_a_field_or_outside_a_filter_are_counted(tmp_path):
-    samples = [make_sample(n) for n in range(10)]  # pwatermark 0.0, 0.1 … 0.9
-    del samples[0][1]["txt"], samples[1][1]["jpg"], samples[2][1]["json"]
-    samples[3][1]["json"] = b"{cut"
-    samples[4][1]["json"] = b"[1]"
-    found = loader.find_samples(str(write_tar(tmp_path / "a.tar", samples)))
-    kept, dropped = loader.keep_samples(found, [("png", "jpg"), ("txt",)], {"pwatermark": "<=0.7"})
-    assert [int(s.key) for s in kept] == [5, 6, 7]
-    assert dropped == {"no txt": 1, "no png/jpg": 1, "no readable json": 3, "filters": 2}
-    kept, dropped = loader.keep_samples(found, [("jpg",)], None)
-    assert len(kept) == 9 and dropped == {"no jpg": 1}
-
-
-def test_nothing_left_says_why(image_shards):
-    found = loader.find_samples(str(image_shards / "manifest.json"))
-    with pytest.raises(DataError, match=r"no sample is left of 41: .'filters': 41.; loosen dataset.params.filters"):
-        loader.keep_samples(found, [("jpg",)], {"original_width": ">=512"})
-    with pytest.raises(DataError, match=r"^dataset\.params\.filters\.original_width: cannot read predicate '=>5'"):
-        loader.keep_samples(found, [("jpg",)], {"original_width": "=>5"})
-
-
-def test_braces_and_manifests_name_the_same_samples(image_shards):
-    braces = loader.find_samples(f"{image_shards}/{{00000..00002}}.tar")
-    assert braces == loader.find_samples(str(image_shards / "manifest.json")) and len(braces) == 41
-    with pytest.raises(shards.ShardError, match="00003.tar: shard is missing"):
-        loader.find_samples(f"{image_shards}/{{00000..00003}}.tar")
-
-
-@pytest.mark.parametrize("path", ["s3://bucket/{0..3}.tar", "pipe:aws s3 cp s3://bucket/0.tar -"])
-def test_remote_shards_are_refused_with_a_remedy(path):
-    with pytest.raises(
-        shards.ShardError, match="shards are read from local folders; copy them, then set dataset.params.path"
-    ):
-        loader.find_samples(path)
-
-
-# ---------------------------------------------------------------- images
-def same(image: Image.Image, colour: tuple[int, int, int], tolerance: int = 3) -> bool:
-    return np.abs(np.asarray(loader.to_rgb(image), dtype=int) - colour).max() <= tolerance
-
-
-def test_every_mode_becomes_upright_rgb():
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert same(clear, (255, 255, 255)) and same(clear.convert("LA"), (255, 255, 255))
-    assert same(Image.new("RGBA", (4, 4), (255, 0, 0, 128)), (255, 127, 127))
-    palette = Image.new("P", (4, 4), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    assert same(palette, (10, 200, 30))
-    palette.info["transparency"] = 1
-    assert same(palette, (255, 255, 255))
-    assert same(Image.new("1", (4, 4), 1), (255, 255, 255)) and same(Image.new("L", (4, 4), 99), (99, 99, 99))
-    assert same(Image.open(io.BytesIO(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))), (254, 0, 0), 4)
-
-
-def test_sixteen_bits_of_grey_keep_their_shades():
-    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    file = io.BytesIO(encode(Image.fromarray(ramp), "PNG"))
-    found = np.asarray(loader.to_rgb(Image.open(file)))
-    assert np.array_equal(found[..., 0], np.arange(256).reshape(16, 16)) and (found[..., 0] == found[..., 2]).all()
-
-
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (8, 4), "red")
-    image.paste("blue", (0, 0, 8, 2))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    upright = loader.to_rgb(Image.open(io.BytesIO(encode(image, "PNG", exif=exif))))
-    assert (
-        upright.size == (4, 8) and upright.getpixel((3, 0)) == (0, 0, 255) and upright.getpixel((0, 0)) == (255, 0, 0)
+def same(one: dict, two: dict) -> bool:
+    """Whether two batches are equal, to the last bit."""
+    return one.keys() == two.keys() and all(
+        torch.equal(one[k], two[k]) if isinstance(one[k], torch.Tensor) else one[k] == two[k] for k in one
     )
 
 
-def test_of_an_animation_the_first_frame_is_taken():
-    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "green", "blue")]
-    file = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    assert same(Image.open(io.BytesIO(file)), (255, 0, 0))
+# ---------------------------------------------------------------- order
+def order(counts: list[int], window: int, seed: int = 0) -> Order:
+    counts = np.array(counts, np.int64)
+    return Order(lambda numbers: counts[numbers], len(counts), window, seed)
 
 
-@given(
-    width=st.integers(1, 300),
-    height=st.integers(1, 300),
-    resolution=st.integers(1, 96),
-    crop=st.sampled_from(["center", "random"]),
-    zoom=st.floats(1.0, 3.0),
-)
-@settings(deadline=None, max_examples=60)
-def test_crops_are_square_whatever_the_shape(width, height, resolution, crop, zoom):
-    image = Image.new("RGB", (width, height), (9, 120, 230))
-    found = loader.resize_and_crop(image, resolution, crop, np.random.default_rng(0), zoom)
-    assert found.size == (resolution, resolution)
-    assert (np.asarray(found) == (9, 120, 230)).all()
+def places(counts: list[int], stream: Order, epoch: int) -> list[tuple[int, int]]:
+    total = sum(counts)
+    return [stream.locate(position) for position in range(epoch * total, (epoch + 1) * total)]
 
 
-def test_a_strip_of_extreme_length_costs_little():
-    found = loader.resize_and_crop(Image.new("RGB", (1, 60_000), "red"), 512, "random", np.random.default_rng(0))
-    assert found.size == (512, 512)  # resized whole, it would be 47 GB
+SHARD_COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 
 
-def test_the_center_is_the_center_and_random_crops_move():
-    image = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1))).convert("RGB")
-    rng = np.random.default_rng(0)
-    columns = np.asarray(loader.resize_and_crop(image, 32, "center", rng))[0, :, 0]
-    assert np.array_equal(columns, np.arange(32, 64))
-    starts = {int(np.asarray(loader.resize_and_crop(image, 32, "random", rng))[0, 0, 0]) for _ in range(300)}
-    assert min(starts) == 0 and max(starts) == 64 and len(starts) > 50
-    zoomed = np.asarray(loader.resize_and_crop(image, 32, "center", rng, zoom=2.0), dtype=int)[0, :, 0]
-    assert abs(zoomed[0] - 40) <= 1 and abs(zoomed[-1] - 55) <= 1
+@given(counts=SHARD_COUNTS, window=st.integers(1, 14), seed=st.integers(0, 2**40), epoch=st.integers(0, 3))
+@settings(deadline=None)
+def test_an_epoch_is_a_permutation(counts, window, seed, epoch):
+    everything = sorted((shard, row) for shard, count in enumerate(counts) for row in range(count))
+    assert sorted(places(counts, order(counts, window, seed), epoch)) == everything
 
 
-def test_a_bomb_is_refused(tmp_path):
-    bomb = bytearray(encode(Image.new("1", (1, 1)), "PNG"))
-    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
-    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
-    (sample,) = loader.find_samples(str(write_tar(tmp_path / "a.tar", [("7", {"png": bytes(bomb)})])))
-    with pytest.raises(DataError, match=r"a.tar: 7.png: undecodable image \(.*decompression bomb"):
-        loader.read_image(sample)
+@given(counts=SHARD_COUNTS, window=st.integers(1, 14), data=st.data())
+@settings(deadline=None)
+def test_a_position_is_the_same_whatever_was_asked_before(counts, window, data):
+    asked = data.draw(st.lists(st.integers(0, 3 * sum(counts)), min_size=1, max_size=20))
+    stream = order(counts, window)
+    assert [stream.locate(p) for p in asked] == [order(counts, window).locate(p) for p in asked]
+    assert len(stream) == sum(counts)
 
 
-@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]), seed=st.integers(0, 2**32), cut=st.booleans())
-@settings(deadline=None, max_examples=80)
-def test_damaged_files_decode_or_are_named(tmp_path_factory, kind, seed, cut):
-    rng = random.Random(seed)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a picture"
-    data = bytearray(encode(draw(seed % 9)[0], kind, exif=exif))
-    for _ in range(rng.randrange(1, 12)):
-        data[rng.randrange(len(data))] = rng.randrange(256)
-    data = bytes(data[: rng.randrange(len(data))] if cut else data)
-    tar = write_tar(tmp_path_factory.mktemp("damaged") / "a.tar", [("7", {"jpg": data})])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            assert loader.read_image(loader.find_samples(str(tar))[0]).mode == "RGB"
-        except DataError as error:
-            assert "7.jpg: undecodable image" in str(error)
+@given(counts=SHARD_COUNTS, window=st.integers(1, 14))
+@settings(deadline=None)
+def test_a_window_of_shards_comes_before_the_next(counts, window):
+    """The shards of each run of places are at most `window`, and none comes back later in the epoch."""
+    found = [shard for shard, _ in places(counts, order(counts, window), 0)]
+    first, last = {}, {}
+    for place, shard in enumerate(found):
+        first.setdefault(shard, place)
+        last[shard] = place
+    for place in range(len(found)):
+        assert sum(first[shard] <= place <= last[shard] for shard in first) <= window
+
+
+def test_epochs_and_seeds_and_windows_differ():
+    counts = [10] * 6
+    base = places(counts, order(counts, 2), 0)
+    assert base != places(counts, order(counts, 2), 1) and base != places(counts, order(counts, 2, seed=1), 0)
+    rows = [[row for _, row in base[i : i + 20]] for i in (0, 20, 40)]
+    assert rows[0] != rows[1] != rows[2]  # not one permutation again and again
+    assert len({shard for shard, _ in places(counts, order(counts, 6), 0)[:10]}) > 2  # samples of all are mixed
+
+
+def test_shards_are_counted_no_earlier_than_needed():
+    counted = []
+
+    def count(numbers):
+        counted.extend(int(n) for n in numbers)
+        return np.full(len(numbers), 10)
+
+    stream = Order(count, 100, 5, 0)
+    stream.locate(0)
+    assert len(set(counted)) == 5
+    stream.locate(149)
+    assert len(set(counted)) == 15 and stream.total is None
+    stream.locate(1000)  # the second epoch needs the total
+    assert len(set(counted)) == 100 and stream.total == 1000
+
+
+def test_nothing_at_all_ends_plainly(manifest):
+    assert order([0, 0], 1).locate(5) is None
+    with pytest.raises(DataError, match=r"no sample is left of 41: .'filters': 41.; loosen dataset.params.filters"):
+        loader.ImageDataset(manifest, 32, filters={"original_width": ">=512"})
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4")
+@pytest.mark.parametrize("window", [1, 2, 64])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_ranks_and_workers_share_the_epoch_out(manifest, window, world_size, workers):
+    """Two epochs of 41 samples, in global batches of 6: each sample once an epoch, in one order at any world size."""
+    dataset = loader.ImageDataset(manifest, 8, seed=7, window=window)
+    size = 6 // world_size
+    ranks = [
+        keys(dataset, 14, batch_size=size, rank=r, world_size=world_size, workers=workers) for r in range(world_size)
+    ]
+    stream = [key for batch in range(14) for rank in ranks for key in rank[batch * size : (batch + 1) * size]]
+    assert stream == [dataset.locate(p).key for p in range(84)]
+    assert sorted(stream[:41]) == sorted(stream[41:82]) and len(set(stream[:41])) == 41
+
+
+def test_a_resume_at_any_position_goes_on_with_the_same_images(manifest):
+    options = {"crop": "random", "flip": True, "zoom": (1.0, 2.0), "seed": 7, "window": 2}
+    whole = take(loader.batches(loader.ImageDataset(manifest, 32, **options), 4), 24)
+    for batch in range(0, 24, 5):
+        again = loader.batches(loader.ImageDataset(manifest, 32, **options), 4, start=4 * batch)
+        assert all(same(one, two) for one, two in zip(whole[batch : batch + 2], again, strict=False))
+    assert whole[0]["pixels"].shape == (4, 3, 32, 32) and whole[0]["pixels"].dtype == torch.float32
+    assert -1 <= whole[0]["pixels"].min() and whole[0]["pixels"].max() <= 1
+    assert whole[0]["original_size"].shape == whole[0]["crop"].shape == (4, 2)
+    assert any(batch["crop"].any() for batch in whole)
+
+
+def many_shards(folder: Path) -> list[Path]:
+    return [write_tar(folder / f"{i}.tar", [make_sample(3 * i + n) for n in range(3)]) for i in range(8)]
+
+
+@pytest.mark.filterwarnings("error:skipped")
+def test_a_resume_opens_no_shard_that_was_consumed(tmp_path):
+    tars = many_shards(tmp_path)
+    shards.write_manifest(tmp_path / "m.json", "images", tars, {}, {})
+    whole = take(loader.batches(loader.ImageDataset(str(tmp_path / "m.json"), 16, window=2), 3), 8)
+    early = {
+        Path(s.shard.name) for s in map(loader.ImageDataset(str(tmp_path / "m.json"), 16, window=2).locate, range(12))
+    }
+    assert len(early) == 4
+    for tar in early:  # zeros, of the same size: whoever reads them fails
+        size = tar.stat().st_size
+        os.truncate(tar, 0)
+        os.truncate(tar, size)
+    dataset = loader.ImageDataset(str(tmp_path / "m.json"), 16, window=2)
+    again = take(loader.batches(dataset, 3, start=12), 4)
+    assert all(same(one, two) for one, two in zip(whole[4:], again, strict=True)) and not dataset.lost
+    names = [shard.name for shard in dataset._load.results.values()]
+    assert not {str(tar) for tar in early} & set(names[1:])  # but the very first, looked at when it was opened
+
+
+def test_a_resume_fetches_nothing_behind_commands_again(tmp_path):
+    many_shards(tmp_path)
+    path, cache = f"pipe:echo x >> {tmp_path}/log; cat {tmp_path}/{{0..7}}.tar", str(tmp_path / "c")
+    whole = keys(loader.ImageDataset(path, 16, window=2, cache=cache), 4, batch_size=3)
+    fetched = (tmp_path / "log").read_text().count("x")
+    assert fetched == 4  # the first epoch so far, and no more
+    dataset = loader.ImageDataset(path, 16, window=2, cache=cache)
+    assert "in the first 2 of 8 shards" in dataset.describe()
+    assert (
+        keys(dataset, 2, batch_size=3, start=6) == whole[6:12] and (tmp_path / "log").read_text().count("x") == fetched
+    )
+    assert Counter(keys(dataset, 8, batch_size=3)).most_common(1)[0][1] == 1
+    assert (tmp_path / "log").read_text().count("x") == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_is_the_same_from_afar(workers, image_shards, tmp_path, s3, dataset):
+    for tar in image_shards.glob("*.tar"):
+        s3.put(f"stream/{tar.name}", tar.read_bytes())
+    local = take(loader.batches(dataset, 6), 8)
+    for path in (s3.url("stream/{00000..00002}.tar"), f"pipe:cat {image_shards}/{{00000..00002}}.tar"):
+        remote = loader.ImageDataset(path, 32, crop="random", flip=True, seed=7, cache=str(tmp_path / "c"))
+        assert all(same(*pair) for pair in zip(local, loader.batches(remote, 6, workers=workers), strict=False))
+
+
+def test_a_dataset_can_be_sent_to_a_process_that_starts_anew(manifest):
+    dataset = loader.ImageDataset(manifest, 16, window=2)
+    there = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(dataset[p]["pixels"], there[p]["pixels"]) for p in (0, 50))
+
+
+def test_a_window_of_nothing_is_refused(manifest):
+    cfg = config.load(schema.DatasetConfig, values={"params": {"path": manifest, "window": 0}})
+    with pytest.raises(DataError, match=r"dataset\.params\.window=0: at least one"):
+        loader.open_dataset(cfg, 0)
+
+
+# ---------------------------------------------------------------- what is said of it
+def test_the_yield_is_said_and_a_low_one_advises_to_reshard(manifest):
+    assert loader.ImageDataset(manifest, 16).describe() == "41 of 41 samples (none dropped)"
+    about = loader.ImageDataset(manifest, 16, filters={"pwatermark": "<=0.6"}).describe()
+    assert about == "29 of 41 samples ({'filters': 12} dropped)"
+    about = loader.ImageDataset(manifest, 16, filters={"pwatermark": "<=0.1"}).describe()
+    assert about.startswith("9 of 41 samples ({'filters': 32} dropped); re-shard: only 22.0% are kept")
 
 
 # ---------------------------------------------------------------- losses
@@ -221,7 +226,7 @@ def spoiled(folder, bad: set[int], count: int = 40) -> loader.ImageDataset:
     samples = [make_sample(n) for n in range(count)]
     for number in bad:
         samples[number][1]["jpg"] = b"no image"
-    return loader.ImageDataset(str(write_tar(folder / "a.tar", samples)), 16)
+    return loader.ImageDataset(str(write_tar(folder / "a.tar", samples)), 16, cache=str(folder / "c"))
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
@@ -239,24 +244,26 @@ def test_an_undecodable_image_gives_its_place_to_the_next_at_any_world_size(tmp_
 
 def test_a_skipped_image_is_said(tmp_path):
     dataset = spoiled(tmp_path, {3})
-    with pytest.warns(UserWarning, match=r"skipped: .*a.tar: 000000003.jpg: undecodable image"):
+    with pytest.warns(UserWarning, match=r"skipped: .*a.tar: 000000003: undecodable image .of no kind that is known.$"):
         keys(dataset, 10, batch_size=4)
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_too_many_lost_images_end_the_training(tmp_path):
     dataset = spoiled(tmp_path, set(range(0, 40, 5)))  # one in five
-    with pytest.raises(
-        DataError, match=r"11 of \d+ images are lost, the last: .*undecodable.*; rebuild or filter the shards"
-    ):
+    with pytest.raises(DataError, match=r"11 of \d+ samples are lost .*, the last: .*undecodable.*; rebuild or filter"):
         keys(dataset, 100, batch_size=4)
+    assert dataset.lost == {"undecodable image": 11}
+    assert len(keys(spoiled(tmp_path, set(range(0, 40, 5))), 100, batch_size=4, max_lost=0.25)) == 400
     tolerable = spoiled(tmp_path, {7, 9})  # one in twenty, for as long as it takes
     assert len(keys(tolerable, 100, batch_size=4)) == 400
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_not_one_image_is_one_message(tmp_path):
-    with pytest.raises(DataError, match="not one of 3 images can be read, the last: .*; rebuild the shards"):
+    with pytest.raises(
+        DataError, match="not one of 100 samples in a row can be read, the last: .*; rebuild the shards"
+    ):
         keys(spoiled(tmp_path, {0, 1, 2}, count=3), 1, batch_size=2)
 
 
@@ -268,6 +275,7 @@ def classes(folder, prompts, workers=0):
         "path": str(write_tar(folder / "a.tar", samples)),
         "resolution": 16,
         "idx_to_prompt": str(folder / "prompts.json"),
+        "cache": str(folder / "c"),
     }
     cfg = config.load(
         schema.DatasetConfig, values={"type": "ClassificationWebDataset", "params": {**params, "batch_size": 1}}
@@ -311,8 +319,66 @@ def test_latents_are_read_and_broken_ones_skipped(tmp_path):
     ]
     fields[3]["latent"] = b"nothing"
     fields[4]["latent"] = save({"other": torch.zeros(1)})
-    dataset = loader.LatentDataset(str(write_tar(tmp_path / "a.tar", [(str(n), f) for n, f in enumerate(fields)])))
+    path = write_tar(tmp_path / "a.tar", [(str(n), f) for n, f in enumerate(fields)])
+    dataset = loader.LatentDataset(str(path), cache=str(tmp_path / "c"))
     (batch,) = take(loader.batches(dataset, 30), 1)
     assert batch["latents"].shape == (30, 4, 8, 8) and batch["latents"].dtype == torch.float32
     assert batch["latents"][:, 0, 0, 0].tolist() == [float(key) for key in batch["key"]]
     assert batch["caption"] == [f"caption {key}" for key in batch["key"]] and not {"3", "4"} & set(batch["key"])
+    assert dataset.lost == {"unreadable latent": 2} and dataset.empty_text is None
+
+
+def test_latents_of_moments_are_drawn_anew_at_each_position(tmp_path):
+    mean, std = torch.randn(4, 8, 8), torch.rand(4, 8, 8)
+    tar = write_tar(tmp_path / "a.tar", [("0", {"latent": save({"mean": mean, "std": std}), "txt": b"one"})])
+    dataset = loader.LatentDataset(str(tar), seed=3, cache=str(tmp_path / "c"))
+    drawn = torch.cat([batch["latents"] for batch in take(loader.batches(dataset, 16), 16)])
+    assert torch.equal(drawn[32:48], next(loader.batches(dataset, 16, start=32))["latents"])
+    noise = (drawn - mean) / std
+    assert len(drawn.unique(dim=0)) == 256 and abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_states_of_captions_come_with_the_latents(tmp_path):
+    latent = {"latents": torch.zeros(4, 8, 8), "original_size": torch.tensor([30, 40]), "crop": torch.tensor([0, 5])}
+    states = [torch.full((7, 5), float(n)).half() for n in range(6)]
+    samples = [(f"{n}", {"latent": save(latent), "txt": b"t", "text": save({"text": s})}) for n, s in enumerate(states)]
+    tar = write_tar(tmp_path / "a.tar", samples)
+    save_file({"text": torch.ones(7, 5).half()}, tmp_path / "empty.safetensors")
+    shards.write_manifest(tmp_path / "m.json", "latents", [tar], {}, {}, empty_text="empty.safetensors")
+    dataset = loader.LatentDataset(str(tmp_path / "m.json"))
+    batch = next(loader.batches(dataset, 6))
+    assert batch["text"].shape == (6, 7, 5) and batch["text"].dtype == torch.float32
+    assert batch["text"][:, 0, 0].tolist() == [float(key) for key in batch["key"]]
+    assert batch["original_size"].tolist() == [[30, 40]] * 6 and batch["crop"].tolist() == [[0, 5]] * 6
+    assert torch.equal(dataset.empty_text, torch.ones(7, 5))
+    (tmp_path / "empty.safetensors").unlink()
+    with pytest.raises(DataError, match=r"empty.safetensors: not the states of the empty caption .*; make them again"):
+        loader.LatentDataset(str(tmp_path / "m.json"))
+
+
+# ---------------------------------------------------------------- the types of the configuration
+@pytest.mark.parametrize("kind", ["WebDataset", "ParquetDataset", "CSVDataset"])
+def test_every_type_gives_the_same_batches(kind, tmp_path):
+    samples = [make_sample(n) for n in range(10)]
+    data = [fields["jpg"] for _, fields in samples]
+    table = {"photo": data, "words": [fields["txt"].decode() for _, fields in samples], "n": range(10)}
+    params = {"resolution": 16, "batch_size": 1, "filters": {"n": "<8"}, "cache": str(tmp_path / "c")}
+    if kind == "WebDataset":
+        samples = [(k, {**f, "json": json.dumps({"n": n}).encode()}) for n, (k, f) in enumerate(samples)]
+        path = write_tar(tmp_path / "a.tar", samples)
+    else:
+        params["columns"] = {"image": "photo", "caption": "words"}
+        path = tmp_path / ("a.parquet" if kind == "ParquetDataset" else "a.csv")
+    if kind == "ParquetDataset":
+        pq.write_table(pa.table(table), path)
+    if kind == "CSVDataset":
+        for n, image in enumerate(data):
+            (tmp_path / f"{n}.jpg").write_bytes(image)
+        pa.table({**table, "photo": [f"{n}.jpg" for n in range(10)]}).to_pandas().to_csv(path, index=False)
+    cfg = config.load(schema.DatasetConfig, values={"type": kind, "params": {"path": str(path), **params}})
+    dataset = loader.open_dataset(cfg, 0)
+    assert len(dataset) == 8 and dataset.dropped == {"filters": 2}
+    (batch,) = take(loader.batches(dataset, 8, workers=1), 1)
+    found = {(text, pixels.numpy().tobytes()) for text, pixels in zip(batch["caption"], batch["pixels"], strict=True)}
+    expected = [images.prepare(image, 16)["pixels"].numpy().tobytes() for image in data[:8]]
+    assert found == set(zip(table["words"], expected, strict=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sdtrain.predicates import PredicateError, add_yields, parse
+from sdtrain.predicates import PredicateError, add_yields, held_out_side, parse
 
 
 @pytest.mark.parametrize(
@@ -145,21 +147,98 @@ def null(value):
     return value is None or value != value
 
 
-@given(st.data(), predicate_and_oracle(), st.sampled_from(sorted(VALUES)))
-def test_table_and_sample_agree_with_plain_python(data, predicate, name):
-    text, oracle = predicate
+def as_json_column(values, name="x"):
+    """A table whose column holds JSON texts, as an index of shards has it; None: the key is missing."""
+    texts = [None if v is None and i % 2 else json.dumps(v) for i, v in enumerate(values)]
+    return pa.table(
+        [pa.array(texts, pa.string())], schema=pa.schema([pa.field(name, pa.string(), metadata={"json": "1"})])
+    )
+
+
+@given(st.data(), st.lists(predicate_and_oracle(), min_size=1, max_size=3), st.sampled_from(sorted(VALUES)))
+def test_table_and_sample_agree_with_plain_python(data, several, name):
     values = data.draw(st.lists(VALUES[name], max_size=8))
-    expected = [bool(oracle(v)) for v in values]
-    predicates = parse({"x": text})
+    expected = [all(bool(oracle(v)) for _, oracle in several) for v in values]
+    predicates = parse({"x": [text for text, _ in several]})
     assert [predicates.matches({"x": v}) for v in values] == expected
+    assert [predicates.matches(json.loads(json.dumps({"x": v}))) for v in values] == expected
     types = {"number": pa.float64(), "text": pa.string(), "boolean": pa.bool_()}
     column = pa.array(values, types[name])
     tables = [pa.table({"x": column}), pa.table({"x": column.dictionary_encode()}), pa.table({"x": column}).to_pandas()]
+    tables += [pa.table({"x": pa.chunked_array([column, column]).slice(len(values))}), as_json_column(values)]
     if name == "text":
-        tables.append(pa.table({"x": column.cast(pa.large_string())}))
+        tables += [pa.table({"x": column.cast(kind)}) for kind in (pa.large_string(), pa.string_view())]
+    if name == "number" and all(v is None or v == v and v % 1 == 0 for v in values):
+        tables += [pa.table({"x": column.cast(kind)}) for kind in (pa.int8(), pa.int64(), pa.float32(), pa.float16())]
     for table in tables:
-        mask = predicates.mask(table)
-        assert mask.dtype == bool and mask.tolist() == expected
+        mask, yields = predicates.judge(table)
+        assert mask.dtype == bool and mask.tolist() == predicates.mask(table).tolist() == expected
+        assert [y["alone_kept"] for y in yields] == [sum(bool(oracle(v)) for v in values) for _, oracle in several]
+        assert all(y["null"] == sum(map(null, values)) for y in yields) and yields[-1]["kept"] == sum(expected)
+        assert yields == predicates.yields(table)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([10**400, -(10**400), "\ud800"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@given(st.data(), st.lists(predicate_and_oracle(), min_size=1, max_size=2))
+def test_a_column_of_json_texts_gives_the_verdict_of_the_samples(data, several):
+    values = data.draw(st.lists(ANYTHING | st.sampled_from([0, 2, -1.5, 0.1, "a", "b", True]), max_size=6))
+    predicates = parse({"x": [text for text, _ in several]})
+    samples = [json.loads(json.dumps({"x": value})) for value in values]
+    assert predicates.mask(as_json_column(values)).tolist() == [predicates.matches(sample) for sample in samples]
+
+
+def test_json_texts_of_nested_and_huge_values():
+    values = [[1], {"a": 1}, 10**400, -(10**400), None, 0.1, "a"]
+    table = as_json_column(values)
+    assert parse({"x": ">0.5"}).mask(table).tolist() == [False, False, True, False, False, False, False]
+    assert parse({"x": "!=a"}).mask(table).tolist() == [True, True, True, True, False, True, False]
+    assert parse({"x": "==null"}).yields(table)[0]["null"] == 1
+    plain = pa.table({"x": table["x"].cast(pa.string())})  # without the field's mark they are texts
+    assert parse({"x": "==a"}).mask(plain).tolist() == [False] * 7
+    broken = pa.table([pa.array(["{"])], schema=table.schema)
+    with pytest.raises(PredicateError, match="filters.x: the column should hold JSON texts"):
+        parse({"x": "==a"}).mask(broken)
+
+
+def test_a_text_that_no_table_can_hold_equals_nothing_there():
+    table = pa.table({"x": ["a", None]})
+    assert parse({"x": "==\ud800"}).mask(table).tolist() == [False, False]
+    assert parse({"x": "!=\ud800"}).mask(table).tolist() == [True, False]
+    assert parse({"x": "<'\ud800'"}).mask(table).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("operand", [2**63, 2**64, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("sign", ["<", ">=", "==", "!="])
+def test_operands_beyond_a_column_s_integers(sign, operand):
+    for kind in (pa.int8(), pa.int64(), pa.uint64(), pa.float64()):
+        predicates = parse({"x": f"{sign}{operand}"})
+        expected = [predicates.matches({"x": v}) for v in (1, 100)]
+        assert predicates.mask(pa.table({"x": pa.array([1, 100], kind)})).tolist() == expected
+
+
+@given(
+    st.lists(st.none() | st.text() | st.just("\ud800") | st.integers() | st.floats() | st.booleans()),
+    st.floats(0.01, 0.99),
+    st.integers(0, 9),
+)
+def test_the_held_out_side_is_the_share_of_a_sha256(values, fraction, seed):
+    def share(value):
+        data = f"{seed}:{value}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
+
+    assert held_out_side(values, fraction, seed).tolist() == [share(v) < fraction for v in values]
+    assert not held_out_side(values, 0.0, seed).any()
 
 
 def test_integers_are_exact_and_32_bit_floats_are_what_json_holds():

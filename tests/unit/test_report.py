@@ -98,7 +98,9 @@ def run(tmp_path) -> dict[str, str]:
     tar = write_tar(data / "train" / "shards" / "00000.tar", samples)
     shards.write_manifest(data / "train" / "shards" / "manifest.json", "images", [tar], {}, {})
     row = {"column": "width", "predicate": "<b> >= 256", "null": 1, "alone_dropped": 2, "dropped": 2, "kept": 3}
-    write_json(data / "yields.json", {"rows": 3372, "predicates": [row], "kept": 48, "train": 41, "held_out": 7})
+    more = {"duplicates": {"column": "url", "dropped": 1234}, "rows_limit": None, "size_from": "<i> x height"}
+    more["bytes"] = {"train": 5_600_000, "held_out": 780}
+    write_json(data / "yields.json", {"rows": 3372, "predicates": [row], "kept": 48, "train": 41, "held_out": 7} | more)
     out = {"output": "out/metrics.json", "html": "out/report.html", "text": "out/metrics.txt"}
     return {"run": "trial", "rows": ROWS, "folder": folder, "data": data} | {k: tmp_path / v for k, v in out.items()}
 
@@ -163,6 +165,9 @@ def test_page_is_self_contained_and_escaped(run):
         "300.2 → 140.2",
         "41 captioned images",
         "3,372 rows",
+        "1,234 passed the filters and were dropped",
+        "5.6 MB to train on, 780 B",
+        "from <i> x height",
         "7 by filters",
         "num_images: 192",
     ):

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import os
 import random
 import shutil
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import make_sample, write_tar
+from samples import make_sample, run_script, write_tar
 
-from sdtrain import shards
-from sdtrain.shards import ShardError, ShardWriter, index_tar, read_manifest, write_manifest
+from sdtrain import predicates, shards
+from sdtrain.shards import (
+    ShardError,
+    ShardWriter,
+    gather_manifests,
+    index_tar,
+    read_index,
+    read_manifest,
+    read_metadata,
+    write_index,
+    write_manifest,
+)
 
 SAMPLES = [make_sample(n) for n in range(5)]
 
@@ -109,6 +123,206 @@ def test_foreign_and_missing_files_are_named(tmp_path):
         index_tar(tmp_path / "absent.tar")
 
 
+# ---------------------------------------------------------------- the fast scan against tarfile
+NAMES = st.one_of(
+    st.text("ab./", min_size=1, max_size=6),
+    st.text("abé.", min_size=1, max_size=5).map(lambda name: "folder/" * 15 + name),
+    st.builds(lambda name, length: "x" * length + name, st.text("ab.", min_size=1, max_size=5), st.integers(90, 300)),
+)
+MEMBERS = st.lists(
+    st.tuples(NAMES, st.integers(0, 1500), st.sampled_from([0, 7, 1.5]), st.integers(0, 9).map(lambda n: n == 0)),
+    max_size=8,
+)
+
+
+def write_members(path, members, form):
+    """A tar of (name, bytes, time, whether a folder); names that the form cannot hold are left out."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, size, mtime, folder in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = (0, 0) if folder else (size, mtime if form == tarfile.PAX_FORMAT else int(mtime))
+            info.type = tarfile.DIRTYPE if folder else tarfile.REGTYPE
+            try:
+                tar.addfile(info, io.BytesIO(b"d" * size))
+            except ValueError:
+                assert form == tarfile.USTAR_FORMAT
+    return path
+
+
+def by_tarfile(path):
+    """What the index should say, the slow way: [(key, {extension: (offset, size)})]."""
+    samples = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                samples[-1][1][extension.lower()] = (member.offset_data, member.size)
+    return samples
+
+
+@given(members=MEMBERS, form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+@settings(max_examples=150, deadline=None)
+def test_the_index_is_what_tarfile_reads(tmp_path_factory, members, form):
+    tar = write_members(tmp_path_factory.mktemp("scan") / "a.tar", members, form)
+    index = index_tar(tar)
+    assert [(s.key, s.fields) for s in index] == by_tarfile(tar)
+    for sample, begin, end in zip(index, index.begin, index.end, strict=True):  # its bytes alone are a tar of it
+        alone = tar.with_name("alone.tar")
+        alone.write_bytes(tar.read_bytes()[begin:end] + bytes(1024))
+        (found,) = index_tar(alone)
+        assert (found.key, set(found.fields)) == (sample.key, set(sample.fields))
+        assert all(found.read(e) == sample.read(e) for e in sample.fields)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_flipped_byte_never_shows_other_samples_than_tarfile_would(tmp_path_factory, data):
+    tar = write_tar(tmp_path_factory.mktemp("flip") / "a.tar", SAMPLES[:2])
+    content = bytearray(tar.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    tar.write_bytes(content)
+    try:
+        found = [(s.key, s.fields) for s in index_tar(tar)]
+    except ShardError:
+        return
+    assert found == by_tarfile(tar)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_usual_tars_take_the_fast_way(tmp_path, monkeypatch, form):
+    def slow(*_):
+        raise AssertionError("tarfile was asked")
+
+    monkeypatch.setattr(shards, "_scan_with_tarfile", slow)
+    members = [
+        ("a/1.jpg", 9, 1.5, False),
+        ("a", 0, 0, True),
+        ("a/1.txt", 0, 3, False),
+        ("b" * 80 + "/2.jpg", 5, 0, False),
+    ]
+    index = index_tar(write_members(tmp_path / "a.tar", members, form))
+    assert [sorted(s.fields) for s in index] == [["jpg", "txt"], ["jpg"]]
+
+
+def test_an_index_of_many_samples_is_small(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [(f"{n:09d}", {"jpg": b"", "txt": b"", "json": b""}) for n in range(2000)])
+    index = index_tar(tar)
+    arrays = [index.keys, index.begin, index.end, *index.fields.values()]
+    assert sum(array.nbytes for array in arrays) <= 100 * len(index)
+
+
+def test_an_index_is_a_sequence(tar):
+    index = index_tar(tar, shard="s3://bucket/00000.tar")
+    assert index[0].shard == "s3://bucket/00000.tar" and index[-1] == index[4] and index[1:3] == [index[1], index[2]]
+    assert index.take(index.keys == SAMPLES[3][0]) == [index[3]] and list(reversed(index))[0] == index[4]
+    with pytest.raises(IndexError):
+        index[5]
+
+
+def test_names_that_are_no_utf8_can_still_be_read(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        tar.addfile(tarfile.TarInfo("\udcff.txt"))
+    index = read_metadata(index_tar(tmp_path / "a.tar"), tmp_path / "a.tar")
+    assert [(s.key, set(s.fields)) for s in index] == [("\\xff", {"txt"})]
+    write_index(tmp_path / "a.parquet", index)
+    assert read_index(tmp_path / "a.parquet", index.shard) == index
+
+
+# ---------------------------------------------------------------- metadata and the index's file
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([2**53, 2**53 + 1, 2**63, 10**30, 1.0, 2.5, math.nan, math.inf, "", "a", "2", "\ud800", "é"]),
+)
+VALUES = st.one_of(
+    SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(st.text("a", max_size=1), SCALARS, max_size=1)
+)
+KEYS = st.sampled_from(["a", "b", "a.b", "json:a", "", "key", "\0", "é", "\ud800"])
+DOCUMENTS = st.lists(st.dictionaries(KEYS, VALUES, max_size=4), max_size=6)
+PREDICATES = st.sampled_from(
+    [
+        "==2",
+        "!=2",
+        ">=1",
+        "<2.5",
+        1.0,
+        True,
+        None,
+        "a",
+        "in [a, 2, null]",
+        "not in [1, é]",
+        f"=={2**53 + 1}",
+        f"<{2**63}",
+    ]
+)
+
+
+@given(documents=DOCUMENTS, filters=st.dictionaries(KEYS.filter(str.isprintable), PREDICATES, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_a_stored_index_gives_the_verdicts_of_the_json_itself(tmp_path_factory, documents, filters):
+    folder = tmp_path_factory.mktemp("verdicts")
+    texts = [json.dumps(document).encode() for document in documents]
+    tar = write_tar(folder / "a.tar", [(str(n), {"json": text}) for n, text in enumerate(texts)])
+    write_index(folder / "a.parquet", read_metadata(index_tar(tar), tar))
+    chosen = predicates.parse(filters)
+    for index in (
+        read_index(folder / "a.parquet", str(tar), chosen.columns),
+        read_index(folder / "a.parquet", str(tar)),
+    ):
+        assert index == index_tar(tar) and index.readable.all()
+        verdicts = chosen.mask(index.select(chosen.columns)).tolist()
+        assert verdicts == [chosen.matches(json.loads(text)) for text in texts]
+
+
+def test_columns_are_typed_where_all_values_agree(tmp_path):
+    rows = [{"n": 1, "f": 1.5, "s": "a", "b": True, "mixed": 1}, {"n": None, "mixed": 2.5}]
+    tar = write_tar(tmp_path / "a.tar", [(str(n), {"json": json.dumps(row).encode()}) for n, row in enumerate(rows)])
+    schema = read_metadata(index_tar(tar), tar).metadata.schema
+    assert {f.name: str(f.type) for f in schema} == {
+        "n": "int64",
+        "f": "double",
+        "s": "string",
+        "b": "bool",
+        "mixed": "string",
+    }
+    assert [f.name for f in schema if f.metadata] == ["mixed"] and schema.field("mixed").metadata == {b"json": b"1"}
+
+
+def test_json_that_is_no_object_is_not_readable(tmp_path):
+    texts = [b"{}", b"[1]", b"{", b"\xff", b"[" * 100_000, b"", b'{"a": ' + b"9" * 5000 + b"}"]
+    samples = [(str(n), {"json": text}) for n, text in enumerate(texts)] + [("last", {"txt": b"x"})]
+    tar = write_tar(tmp_path / "a.tar", samples)
+    index = read_metadata(index_tar(tar), tar)
+    assert index.readable.tolist() == [True] + [False] * 7
+    assert read_metadata(index, tar, ["absent"]).metadata["absent"].to_pylist() == [None] * 8
+
+
+def test_the_same_index_gives_the_same_bytes(tar, tmp_path):
+    for name in ("one", "two"):
+        write_index(tmp_path / name, read_metadata(index_tar(tar), tar), {"bytes": 1})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert shards.read_facts(tmp_path / "one") == {"version": 1, "samples": 5, "bytes": 1}
+
+
+def test_no_index_and_a_damaged_one_are_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    pq.write_table(pq.read_table(io.BytesIO(_table())), tmp_path / "b.parquet")
+    for name in ("a", "b", "absent"):
+        with pytest.raises(ShardError, match=rf"{name}.parquet: no readable index of x.tar .*index the shards anew"):
+            read_index(tmp_path / f"{name}.parquet", "x.tar")
+
+
+def _table() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(shards.pa.table({"key": ["a"]}), file)
+    return file.getvalue()
+
+
 # ---------------------------------------------------------------- writing
 def test_the_writer_fills_shards_and_gives_the_same_bytes_again(tmp_path):
     for name in ("one", "two"):
@@ -182,13 +396,111 @@ def test_a_flipped_bit_is_found_by_the_full_check(image_shards, tmp_path_factory
 def test_missing_and_resized_shards_are_named(folder):
     manifest, tar = folder / "manifest.json", folder / "00001.tar"
     tar.write_bytes(tar.read_bytes() + b"\0")
-    with pytest.raises(ShardError, match=r"00001.tar: \d+ bytes, \d+ expected by .*manifest.json; rebuild it"):
+    with pytest.raises(
+        ShardError, match=r"00001.tar: \d+ bytes, \d+ expected by .*manifest.json; delete it, then rebuild it"
+    ):
         read_manifest(manifest)
     tar.unlink()
     with pytest.raises(ShardError, match="00001.tar: shard is missing, though .*manifest.json lists it; rebuild it"):
         read_manifest(manifest)
 
 
+def test_a_manifest_leads_to_the_indices(folder):
+    for row in read_manifest(folder / "manifest.json")["shards"]:
+        assert row["index"] == row["name"].replace(".tar", ".index.parquet")
+        index = read_index(row["index_path"], row["path"], ["original_width"])
+        assert index == index_tar(row["path"]) and index.metadata.schema.names == ["original_width"]
+
+
+def test_shards_elsewhere_of_one_name_have_indices_of_their_own(tmp_path):
+    for name, sample in (("a", SAMPLES[0]), ("b", SAMPLES[1])):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "00000.tar", [sample])
+    tars = [tmp_path / "a/00000.tar", tmp_path / "b/00000.tar"]
+    write_manifest(tmp_path / "m/manifest.json", "images", tars, {}, {})
+    rows = read_manifest(tmp_path / "m/manifest.json", full=True)["shards"]
+    assert [read_index(row["index_path"], row["path"])[0].key for row in rows] == [SAMPLES[0][0], SAMPLES[1][0]]
+    assert (
+        os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b") == ["00000.tar"]
+    )  # nothing is left with what is not ours
+
+
+def test_finished_indices_are_used_again_unless_the_shard_was_touched(folder):
+    def times():
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.index.parquet")}
+
+    tars = sorted(folder.glob("*.tar"))
+    first = write_manifest(folder / "manifest.json", "images", tars, {}, {})
+    before, record = times(), (folder / "manifest.json").read_bytes()
+    write_manifest(folder / "manifest.json", "images", tars, {}, {})
+    assert times() == before and (folder / "manifest.json").read_bytes() == record
+    content = bytearray(tars[1].read_bytes())
+    content[700] ^= 1  # in the first image: same size, same samples
+    tars[1].write_bytes(content)
+    os.utime(tars[1], (0, 0))
+    second = write_manifest(folder / "manifest.json", "images", tars, {}, {})
+    assert [name for name, time in times().items() if time != before[name]] == ["00001.index.parquet"]
+    assert second["shards"][1]["sha256"] == shards.sha256_file(tars[1]) != first["shards"][1]["sha256"]
+
+
+def test_remote_shards_stand_under_their_address(s3, tar, tmp_path):
+    places = [s3.put("shards/a.tar", tar.read_bytes()), f"pipe:cat {tar}"]
+    manifest = write_manifest(tmp_path / "manifest.json", "images", places, {}, {})
+    assert {row["name"] for row in manifest["shards"]} == set(places) and manifest["samples"] == 10
+    rows = read_manifest(tmp_path / "manifest.json", full=True)["shards"]
+    assert {row["path"] for row in rows} == set(places)
+    (remote,) = (row for row in rows if row["path"].startswith("s3://"))
+    sample = read_index(remote["index_path"], remote["path"])[0]
+    assert sample.read("txt") == SAMPLES[0][1]["txt"]
+    s3.put("shards/a.tar", write_tar(tmp_path / "b.tar", SAMPLES[:2]).read_bytes())
+    changed = write_manifest(tmp_path / "manifest.json", "images", places, {}, {})
+    assert changed["samples"] == 7
+
+
+# ---------------------------------------------------------------- gathering parts
+def write_parts(folder, kinds=("images", "images")):
+    for part, kind in enumerate(kinds):
+        (folder / f"p{part}").mkdir(parents=True)
+        tar = write_tar(folder / f"p{part}/00000.tar", [SAMPLES[part]])
+        rows = [{"column": "a", "predicate": "> 1", "kept": part + 1}]
+        dropped = {"filters": part + 1, **({"no readable json": 1} if part else {})}
+        made_by = {"path": "x", "part": part}
+        write_manifest(folder / f"{part}-of-2.json", kind, [tar], dropped, made_by, yields=rows)
+
+
+def test_parts_are_gathered_by_the_command(tmp_path):
+    write_parts(tmp_path / "built")
+    output = tmp_path / "shards/manifest.json"
+    done = run_script("gather_shards", f"folder={tmp_path}/built", "parts=2", f"output={output}")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(output, full=True)
+    assert [row["name"] for row in manifest["shards"]] == ["../built/p0/00000.tar", "../built/p1/00000.tar"]
+    assert [row["part"] for row in manifest["shards"]] == ["../built/0-of-2.json", "../built/1-of-2.json"]
+    assert manifest["dropped"] == {"filters": 3, "no readable json": 1} and manifest["made_by"] == {"path": "x"}
+    assert manifest["yields"] == [{"column": "a", "predicate": "> 1", "kept": 3}] and manifest["samples"] == 2
+    found = [read_index(row["index_path"], row["path"])[0] for row in manifest["shards"]]
+    assert [sample.read("txt") for sample in found] == [SAMPLES[n][1]["txt"] for n in (0, 1)]
+    (tmp_path / "built/1-of-2.json").unlink()
+    done = run_script("gather_shards", f"folder={tmp_path}/built", "parts=2", f"output={output}")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "1-of-2.json: no such manifest" in done.stderr
+
+
+def test_an_empty_part_is_fine_but_nothing_at_all_is_not(tmp_path):
+    write_parts(tmp_path)
+    write_manifest(tmp_path / "1-of-2.json", "images", [], {"filters": 7}, {"path": "x"})
+    parts = [tmp_path / "0-of-2.json", tmp_path / "1-of-2.json"]
+    assert gather_manifests(parts, tmp_path / "all.json")["samples"] == 1
+    with pytest.raises(ShardError, match="all.json: no sample in any of 1 parts; dropped: filters 7"):
+        gather_manifests(parts[1:], tmp_path / "all.json")
+
+
+def test_parts_of_two_kinds_are_not_gathered(tmp_path):
+    write_parts(tmp_path, ("images", "latents"))
+    with pytest.raises(ShardError, match="1-of-2.json: holds latents, but .*0-of-2.json images; gather one kind"):
+        gather_manifests([tmp_path / "0-of-2.json", tmp_path / "1-of-2.json"], tmp_path / "all.json")
+
+
+# ---------------------------------------------------------------- manifests that cannot be read
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"shards": 3}', '{"shards": [{"name": "a"}]}', '{"shards": [[]]}']
 )

@@ -183,7 +183,7 @@ def test_an_undecodable_image_does_not_stop_it(image_shards, tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
     shards.write_manifest(folder / "manifest.json", "images", [write_tar(folder / "0.tar", samples)], {}, {})
-    with pytest.warns(UserWarning, match="skipped: .*000000003.jpg"):
+    with pytest.warns(UserWarning, match="skipped: .*000000003: undecodable"):
         run(*arguments(tmp_path, folder))
     assert (tmp_path / "component.json").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,21 +10,22 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from omegaconf import DictConfig
 from PIL import Image
+from tqdm import tqdm
 
 from sdtrain import config as cf
-from sdtrain import schema
-from sdtrain.shards import sha256_file
+from sdtrain import schema, storage
 from sdtrain.tables import ParquetFile, Table, TableError
 
 TIMEOUT = 30  # seconds without an answer
+SCHEME = "^[A-Za-z][A-Za-z0-9+.-]+:"  # how a URL begins
 NPM_TIMEOUT = 600  # seconds for a whole package
 NPM_OPTIONS = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000"]
 
@@ -53,15 +55,26 @@ def fetch(config: DictConfig, output: Path) -> int:
 
 # ---------------------------------------------------------------- tables that exist
 def fetch_files(config: DictConfig, output: Path) -> int:
-    """Tables on disk, or one behind an http(s) URL, which is kept beside `output`. Returns the rows written."""
+    """Tables on disk or on S3, or behind http(s) URLs, which are kept beside `output`. Returns the rows written."""
     if not config.path:
         raise cf.ConfigError("table.path: missing; with kind: files it is a file, a folder, a glob or a URL")
-    path = config.path
-    if path.startswith(("http://", "https://")):
-        path = download(path, output.parent / "tables")
+    addresses: list[str] = [config.path]
+    if config.sha256 or config.path.startswith(("http://", "https://")):
+        folder = output.parent / "tables" / cf.fingerprint(config.path)
+        addresses = [download(address, folder) for address in expand(config.path)]
     if config.sha256:
-        check_sha256(Path(path), config.sha256)
-    return write_table(Table(path, config.columns), output)
+        if len(addresses) > 1:
+            raise cf.ConfigError(f"table.sha256: it is of a single file, and {config.path} names {len(addresses)}")
+        check_sha256(Path(addresses[0]), config.sha256)
+    return write_table(Table(addresses if len(addresses) > 1 else addresses[0], config.columns), output)
+
+
+def expand(path: str) -> list[str]:
+    """The addresses behind braces and globs. Raises FetchError for none."""
+    try:
+        return storage.expand(path)
+    except storage.StorageError as error:
+        raise FetchError(str(error)) from None
 
 
 def fetch_hub(config: DictConfig, output: Path) -> int:
@@ -88,29 +101,55 @@ def fetch_hub(config: DictConfig, output: Path) -> int:
 
 
 def write_table(table: Table, output: Path) -> int:
-    """Stream a table into one parquet file; returns its rows. Raises TableError without url and caption, or rows."""
+    """Stream a table into one parquet file, with paths of images as URLs; returns its rows.
+
+    Raises TableError without url and caption, or rows.
+    """
     table.require(["url", "caption"])
-    with ParquetFile(output, table.schema) as file:
-        for batch in table.batches():
-            file.write(batch)
+    url = table.schema.field("url")
+    if not (pa.types.is_string(url.type) or pa.types.is_large_string(url.type)):
+        raise TableError(f"{table.path}: the column url holds {url.type}; texts are expected: correct table.columns")
+    with (
+        ParquetFile(output, table.schema) as file,
+        tqdm(total=table.count(), unit="row", unit_scale=True, desc="fetch", delay=5, mininterval=1) as bar,
+    ):
+        for source in table.files:
+            for batch in table.batches_of(source):
+                file.write(to_urls(batch, source))
+                bar.update(batch.num_rows)
         if file.rows == 0:
             raise TableError(f"{table.path}: the table has no rows")
     return file.rows
 
 
-def download(url: str, folder: Path) -> str:
-    """Fetch a URL's file into `folder` unless it is there; returns its path."""
-    target = folder / Path(urllib.request.url2pathname(url.partition("?")[0])).name
+def to_urls(table: pa.Table, source: str) -> pa.Table:
+    """The table with a file:// URL for each plain path of its url column; relative ones start at the table's folder."""
+    urls = table.column("url").combine_chunks()
+    plain = pc.invert(pc.match_substring_regex(urls, SCHEME)).fill_null(False)
+    if not storage.is_local(source) or not pc.any(plain).as_py():
+        return table
+    folder = os.path.dirname(os.path.abspath(source))
+    paths = (os.path.normpath(os.path.join(folder, path)) for path in urls.filter(plain).to_pylist())
+    there = pa.array([f"file://{urllib.parse.quote(path)}" for path in paths], urls.type)
+    place = table.schema.get_field_index("url")
+    return table.set_column(place, table.schema.field(place), pc.replace_with_mask(urls, plain, there))
+
+
+def download(address: str, folder: Path) -> str:
+    """Fetch an address's file into `folder` unless it is there; returns its path. A local one stays where it is."""
+    if storage.is_local(address):
+        return address
+    target = folder / Path(urllib.parse.unquote(address.partition("?")[0])).name
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        aside = target.with_name(f".{target.name}.tmp")
         try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(aside, "wb") as file:
-                shutil.copyfileobj(answer, file)
+            with open(aside, "wb") as file:
+                storage.copy(address, file)
             os.replace(aside, target)
-        except (OSError, urllib.error.URLError) as error:
+        except storage.StorageError as error:
             aside.unlink(missing_ok=True)
-            raise FetchError(f"{url}: cannot download: {error}; check the address and the network") from None
+            raise FetchError(f"cannot download {error}") from None
     return str(target)
 
 
@@ -118,7 +157,8 @@ def check_sha256(path: Path, expected: str) -> None:
     """Raise FetchError unless the file has this sha256."""
     if not path.is_file():
         raise FetchError(f"{path}: table.sha256 is of a single file, and this is none")
-    found = sha256_file(path)
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise FetchError(
             f"{path}: sha256 is {found}, {expected} expected; delete the file to fetch it again, or correct sha256"
@@ -148,17 +188,26 @@ def npm_pack(package: DictConfig, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tarball = folder / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}.tgz"
     if not tarball.exists():
-        command = [*find_npm(), "pack", spec, "--loglevel=error", "--pack-destination", str(folder), *NPM_OPTIONS]
+        aside = folder / f".{tarball.name}.tmp"  # npm writes in place, and may be killed
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise FetchError(f"{spec}: npm gave no answer in {NPM_TIMEOUT} s; check the network") from None
-        if done.returncode or not tarball.exists():
-            raise FetchError(
-                f"{spec}: npm cannot fetch the package ({npm_reason(done.stderr)}); check network and name"
-            )
+            run_npm(["pack", spec, "--loglevel=error", "--pack-destination", str(aside), *NPM_OPTIONS], spec)
+            os.replace(aside / tarball.name, tarball)
+        finally:
+            shutil.rmtree(aside)
     check_sha256(tarball, package.sha256)
     return tarball
+
+
+def run_npm(arguments: list[str], spec: str) -> None:
+    """Run npm. Raises FetchError, naming the package, where it fails."""
+    try:
+        done = subprocess.run([*find_npm(), *arguments], capture_output=True, text=True, timeout=NPM_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise FetchError(f"{spec}: npm gave no answer in {NPM_TIMEOUT} s; check the network") from None
+    if done.returncode:
+        raise FetchError(f"{spec}: npm cannot fetch the package ({npm_reason(done.stderr)}); check network and name")
 
 
 def find_npm() -> list[str]:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtrain import config as cf
-from sdtrain import evaluation, loader, schema, shards
+from sdtrain import evaluation, images, schema, shards, tables
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report" / "report.html"
 TILE = 256  # pixels a side at most, of an image in the report
@@ -148,6 +148,7 @@ def render(metrics: dict, folder: Path, rows: list[dict], data: Path | None) -> 
     """The page, whole: images and curves are inside it."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"comma": "{:,}".format, "round1": "{:.1f}".format, "short": short_name, "title1": heading}
+    environment.filters["bytes"] = tables.show_bytes
     stages = {row["stage"]: row for row in rows}  # the last milestone of each
     evaluate = folder / "config" / "evaluate.yaml"
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -201,8 +202,8 @@ def grids(rows: list[dict], data: Path | None) -> list[dict]:
         tiles.append({grid["title"]: cut(grid, samples["resolution"]) for grid in samples["grids"]})
     captions = {}
     for row in tiles:
-        for title, images in row.items():
-            captions.setdefault(title, {}).update(dict.fromkeys(images))
+        for title, shown in row.items():
+            captions.setdefault(title, {}).update(dict.fromkeys(shown))
     wanted = {caption for group in captions.values() for caption in group}
     real = real_images(data, wanted, rows[-1]["samples"]["resolution"]) if data else {}
     labels = [row_name(row) for row in rows]
@@ -242,7 +243,7 @@ def real_images(data: Path, captions: set[str], resolution: int) -> dict[str, st
         paths = [row["path"] for row in shards.read_manifest(manifest)["shards"]] if manifest.exists() else []
         for sample in (sample for path in paths[:SEARCHED] for sample in shards.index_tar(path)):
             caption = sample.read("txt").decode("utf-8", "replace").strip() if "txt" in sample.fields else None
-            extension = next((e for e in loader.IMAGE_EXTENSIONS if e in sample.fields), None)
+            extension = next((e for e in images.IMAGE_EXTENSIONS if e in sample.fields), None)
             if caption in captions and not found.get(caption) and extension:
                 found[caption] = real_image(sample.read(extension), resolution)
     return found
@@ -251,10 +252,10 @@ def real_images(data: Path, captions: set[str], resolution: int) -> dict[str, st
 def real_image(data: bytes, resolution: int) -> str | None:
     """An image as a training sees it, or None where it cannot be decoded."""
     try:
-        image = loader.to_rgb(Image.open(io.BytesIO(data)))
-    except (OSError, ValueError, SyntaxError):
+        image = images.decode(data)
+    except images.ImageError:
         return None
-    return data_uri(loader.resize_and_crop(image, resolution, "center", None))
+    return data_uri(images.resize_and_crop(image, resolution, "center", None))
 
 
 # ---------------------------------------------------------------- curves

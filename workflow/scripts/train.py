@@ -67,6 +67,20 @@ def source_fingerprints(cfg) -> dict[str, str]:
     return {k: v for k, v in found.items() if v}
 
 
+def check_latents(cfg, sources: dict[str, str]) -> None:
+    """Refuse latents, and states of captions, that were made by other networks than this run's."""
+    path = cfg.dataset.params.path
+    if cfg.dataset.type != "LatentDataset" or not path.endswith(".json"):
+        return
+    made_by = config.read_json(path).get("made_by", {})
+    for part, maker in (("vae", "vae"), ("text_encoder", "text_encoder"), ("tokenizer", "text_encoder")):
+        ours, theirs = sources.get(part), made_by.get(maker)
+        if ours and theirs and ours != theirs:
+            folder = cfg.model[part].pretrained or cfg.model.pretrained
+            remedy = f"train with the {part} it was made with, or make it again: snakemake --force {path}"
+            raise models.ModelError(f"model.{part}: {folder} is {ours}, but {path} was made with {theirs}; {remedy}")
+
+
 def run_folder(cfg) -> Path:
     """log_dir/project/name; a frozen configuration with other values by hand gets a folder of its own beside it."""
     e, trial = cfg.experiment, ""
@@ -93,6 +107,7 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
     # Folders: checkpoints are keyed by all that decides the weights
     folder = run_folder(cfg)
     sources = source_fingerprints(cfg)
+    check_latents(cfg, sources)
     key = config.fingerprint(config.stage_fingerprint(cfg), sources, global_batch)
     saves = folder / "checkpoints" / key
     result = folder / str(milestone)
@@ -140,12 +155,13 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
         world_size=here.size,
         workers=cfg.dataset.params.workers,
         pin=device.type == "cuda",
+        max_lost=cfg.dataset.params.max_lost,
     )
     model = DistributedDataParallel(unet, gradient_as_bucket_view=True) if here.size > 1 else unet
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.model.mixed_precision == "bf16")
     if here.main:
-        about = f"{len(dataset):,} samples ({dataset.dropped or 'none'} dropped)"
-        about += f", {unet.num_parameters() / 1e6:.1f} M weights"
+        about = dataset.describe()
+        about += f"; {unet.num_parameters() / 1e6:.1f} M weights"
         about += f", world size {here.size}, global batch {global_batch}, steps {first:,} to {last:,} of {steps:,}"
         print(f"{folder}: {about}", flush=True)
     telemetry = Telemetry(
@@ -174,7 +190,11 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
                 with torch.no_grad():
                     captions = batch["caption"]
                     drop = torch.rand(len(captions), generator=rng, device=device) < cfg.objective.caption_dropout
-                    text = encode_text(["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)])
+                    if "text" in batch:
+                        cached = batch["text"].to(device, non_blocking=True)
+                        text = torch.where(drop[:, None, None], dataset.empty_text.to(device), cached)
+                    else:
+                        text = encode_text(["" if d else c for c, d in zip(captions, drop.tolist(), strict=True)])
                     if "latents" in batch:
                         clean = batch["latents"].to(device, non_blocking=True)
                     else:
@@ -235,8 +255,9 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
         facts |= {
             "world_size": here.size,
             "global_batch": global_batch,
-            "samples": len(dataset),
+            "samples": dataset.source.kept,
             "dropped": dataset.dropped,
+            "lost": dict(dataset.lost),
         }
         config.write_json(result / "train.json", {**facts, "code": config.code_digest(), "versions": config.versions()})
         checkpoint.finish_milestone(saves, milestone)

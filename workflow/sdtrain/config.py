@@ -41,6 +41,8 @@ CHOICES = {
     "dataset.params.crop": ("center", "random"),
     "latents.crop": ("center", "random"),
     "latents.posterior": ("mean", "sample", "moments"),
+    "crop": ("center", "random"),  # of that section by itself, as precompute_latents reads it
+    "posterior": ("mean", "sample", "moments"),
     "shards.encode_format": ("jpg", "png", "webp"),
     "lr_scheduler.scheduler": ("ConstantWithWarmup", "CosineWithWarmup"),
     "optimizer.name": ("adamw",),

@@ -47,6 +47,15 @@ def only_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def own_device(here: World) -> torch.device:
+    """This process's device: the GPU of its local rank, also where it joins no process group, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def start(backend: str | None = None, url: str = "env://", timeout_minutes: float = 30.0) -> tuple[World, torch.device]:
     """Join the process group (none for one process) and return this process's place and device.
 
@@ -55,9 +64,7 @@ def start(backend: str | None = None, url: str = "env://", timeout_minutes: floa
     """
     here = world()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", here.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = own_device(here)
     if here.size > 1:
         backend = backend or ("nccl" if cuda else "gloo")
         if backend == "nccl" and not cuda:

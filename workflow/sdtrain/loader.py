@@ -1,224 +1,272 @@
-"""Manifest or brace URL -> deterministic, resumable batches, split by rank and worker.
+"""The endless, deterministic stream of a training: image number p of a run -> a sample -> resumable batches.
 
-The stream of a training is endless and indexed by position: image number p of the run is sample `order(seed, epoch)[p]`
-with augmentations drawn from (seed, p). A batch is a range of positions, so a resume needs one number, images seen, and
-the same global batch follows at any world size.
+Everything is a pure function of (seed, p): a resume needs one number, images seen, and the same global batch follows at
+any world size. The order needs little memory at any scale: in each epoch the shards are permuted, and the samples of
+each `window` of consecutive shards are permuted together.
 """
 
 from __future__ import annotations
 
-import collections
-import io
 import json
 import warnings
-from collections.abc import Iterator
-from functools import lru_cache
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import webdataset
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
-from sdtrain import predicates
-from sdtrain.shards import Sample, ShardError, index_tar, read_manifest
+from sdtrain import images
+from sdtrain.config import TABLE_DATASETS
+from sdtrain.shards import ShardError, read_manifest
+from sdtrain.sources import DataError, Sample, Source, TableSource, TarSource
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-Image.MAX_IMAGE_PIXELS = 100_000_000  # a larger image is a decompression bomb, refused by PIL
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the place and the remedy."""
-
-
-# ---------------------------------------------------------------- samples
-def find_samples(path: str) -> list[Sample]:
-    """The samples of a `manifest.json`, or of tars in brace notation, in the order of the shards."""
-    if path.endswith(".json"):
-        paths = [row["path"] for row in read_manifest(path)["shards"]]
-    else:
-        paths = webdataset.shardlists.expand_urls(path)
-    remote = [p for p in paths if p.startswith("pipe:") or "://" in p]
-    if remote:
-        raise ShardError(f"{remote[0]}: shards are read from local folders; copy them, then set dataset.params.path")
-    return [sample for shard in paths for sample in index_tar(shard)]
+IMAGE = images.IMAGE_EXTENSIONS
+TABLE_COLUMNS = {"image": (*IMAGE, "image", "image_path", "path", "url"), "caption": ("txt", "caption", "text")}
+TRIES = 100  # unreadable samples in a row that end the training
 
 
-def keep_samples(
-    samples: list[Sample], needed: list[tuple[str, ...]], filters: dict | None
-) -> tuple[list[Sample], dict]:
-    """Drop samples that lack a field or fail a predicate; returns the rest and the counts by reason.
+# ---------------------------------------------------------------- order
+class Recent:
+    """The results of a function of one argument, for the few latest arguments."""
 
-    `needed` lists alternatives: ("jpg", "png") asks for one of the two. Raises DataError if nothing is left.
+    def __init__(self, function: Callable, size: int):
+        self.function, self.size, self.results = function, size, OrderedDict()
+
+    def __call__(self, argument: Any) -> Any:
+        if argument not in self.results:
+            self.results[argument] = self.function(argument)
+            if len(self.results) > self.size:
+                self.results.popitem(last=False)
+        self.results.move_to_end(argument)
+        return self.results[argument]
+
+    def __getstate__(self) -> dict:  # a process that is started anew opens its own
+        return {**self.__dict__, "results": OrderedDict()}
+
+
+class Order:
+    """Where number p of the stream lies: a pure function of (seed, p) and of how many samples each shard has.
+
+    `count` maps shard numbers to their numbers of samples, and is asked no earlier than needed: in the first epoch for
+    the windows up to p. Memory: two windows' permutations, and a number a shard.
     """
-    try:
-        verdicts = predicates.parse(filters)
-    except predicates.PredicateError as error:
-        raise DataError(f"dataset.params.{error}") from None
-    kept, dropped = [], collections.Counter()
-    for sample in samples:
-        missing = next((names for names in needed if not any(n in sample.fields for n in names)), None)
-        if missing:
-            dropped[f"no {'/'.join(missing)}"] += 1
-        elif filters and (metadata := _metadata(sample)) is None:
-            dropped["no readable json"] += 1
-        elif filters and not verdicts.matches(metadata):
-            dropped["filters"] += 1
-        else:
-            kept.append(sample)
-    if not kept:
-        raise DataError(
-            f"no sample is left of {len(samples)}: {dict(dropped)}; loosen dataset.params.filters, or see the shards"
-        )
-    return kept, dict(dropped)
 
+    def __init__(self, count: Callable[[np.ndarray], np.ndarray], shards: int, window: int, seed: int):
+        self.count, self.shards, self.window, self.seed = count, shards, window, seed
+        self.windows = -(-shards // window)
+        self.total: int | None = None  # samples an epoch, once all were counted
+        self._epoch, self._permutation = Recent(self._start_epoch, 2), Recent(self._permute, 2)
 
-def _metadata(sample: Sample) -> dict | None:
-    """The JSON field of a sample, or None where it is absent or no JSON object."""
-    try:
-        values = json.loads(sample.read("json"))
-    except (KeyError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+    def __len__(self) -> int:
+        if self.total is None:
+            self.total = int(self.count(np.arange(self.shards)).sum())
+        return self.total
 
+    def locate(self, position: int) -> tuple[int, int] | None:
+        """The shard and the number of the sample in it; None where there are no samples at all."""
+        if self.total == 0:
+            return None
+        epoch, offset = divmod(position, self.total) if self.total else (0, position)
+        shards, ends = self._epoch(epoch)
+        while ends[-1] <= offset and len(ends) <= self.windows:
+            ends.append(ends[-1] + int(self.count(self._members(shards, len(ends) - 1)).sum()))
+        if ends[-1] <= offset:  # the first epoch is over
+            self.total = ends[-1]
+            return self.locate(position)
+        window = bisect_right(ends, offset) - 1
+        permutation, members, starts = self._permutation((epoch, window))
+        place = int(permutation[offset - ends[window]])
+        member = bisect_right(starts, place) - 1
+        return members[member], place - starts[member]
 
-# ---------------------------------------------------------------- images
-def read_image(sample: Sample) -> Image.Image:
-    """The decoded RGB image of a sample. Raises DataError, naming it, for one that cannot be decoded."""
-    extension = next(e for e in IMAGE_EXTENSIONS if e in sample.fields)
-    try:
-        return to_rgb(Image.open(io.BytesIO(sample.read(extension))))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{sample.shard}: {sample.key}.{extension}: undecodable image ({error})") from None
+    def _members(self, shards: np.ndarray, window: int) -> np.ndarray:
+        return shards[window * self.window : (window + 1) * self.window]
 
+    def _start_epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The order of the shards, and the ends of the windows counted so far, which grows."""
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(self.shards), [0]
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB, 8 bits: EXIF orientation applied, alpha laid onto white, any mode converted."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.float32).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def resize_and_crop(
-    image: Image.Image, resolution: int, crop: str, rng: np.random.Generator, zoom: float = 1.0
-) -> Image.Image:
-    """The square of `resolution` pixels (center or random) of the image with its shorter side at `resolution` x `zoom`.
-
-    Only the square is resized, so that a strip of extreme length costs no more than any other image.
-    """
-    short = max(resolution, round(resolution * zoom))
-    scale = short / min(image.size)
-    scaled = [max(short, round(side * scale)) for side in image.size]
-    room = [side - resolution for side in scaled]
-    start = [int(rng.integers(r + 1)) if crop == "random" else r // 2 for r in room]
-    unit = [side / new for side, new in zip(image.size, scaled, strict=True)]  # source pixels a pixel
-    box = [begin * u for begin, u in zip(start, unit, strict=True)]
-    box += [min(s, (b + resolution) * u) for s, b, u in zip(image.size, start, unit, strict=True)]
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, tuple(box), reducing_gap=2.0)
-
-
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """float32 tensor 3 x H x W in [-1, 1]."""
-    array = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    def _permute(self, at: tuple[int, int]) -> tuple[np.ndarray, list[int], list[int]]:
+        """A window's permutation of its samples, its shards, and the number of each one's first sample."""
+        epoch, window = at
+        members = self._members(self._epoch(epoch)[0], window)
+        counts = self.count(members).tolist()
+        permutation = np.random.default_rng([self.seed, 2, epoch, window]).permutation(sum(counts))
+        return permutation, members.tolist(), list(accumulate(counts, initial=0))[:-1]
 
 
 # ---------------------------------------------------------------- datasets indexed by position
 class PositionDataset(Dataset):
-    """Item p is sample number p of the endless, shuffled stream; a pure function of (seed, p)."""
+    """Item p is number p of the endless, shuffled stream: a dict of tensors and texts, the same for the same (seed, p).
 
-    def __init__(self, samples: list[Sample], seed: int):
-        self.samples, self.seed = samples, seed
+    An item that cannot be read has "error", a message, and "reason". `lost` counts those of `batches` by reason.
+    """
+
+    def __init__(self, source: Source, seed: int, window: int):
+        self.source, self.seed = source, seed
+        self.order = Order(source.count, source.shards, window, seed)
+        self.lost: Counter[str] = Counter()
+        self._load = Recent(source.load, window + 2)
+        self.locate(0)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.order)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Samples that are no part of the stream, by reason, in the shards counted so far."""
+        return dict(self.source.dropped)
 
     def locate(self, position: int) -> Sample:
-        """The sample at a position of the stream."""
-        epoch, offset = divmod(position, len(self.samples))
-        return self.samples[order(self.seed, epoch, len(self.samples))[offset]]
+        """The sample at a position of the stream. Raises DataError where there is none at all."""
+        found = self.order.locate(position)
+        if found is None:
+            raise DataError(
+                f"no sample is left of {self.source.seen}: {self.dropped}; loosen dataset.params.filters, "
+                "or see the shards"
+            )
+        shard, row = found
+        return self._load(shard)[row]
+
+    def __getitem__(self, position: int) -> dict:
+        sample = self.locate(position)
+        try:
+            fields = sample.read()
+        except OSError as error:
+            return {"error": f"{sample.place}: unreadable ({error})", "reason": "unreadable"}
+        try:
+            return {"key": sample.key, **self.prepare(fields, position)}
+        except images.ImageError as error:
+            return {"error": f"{sample.place}: {error}", "reason": "undecodable image"}
+        except (KeyError, SafetensorError) as error:
+            return {"error": f"{sample.place}: unreadable latent ({error})", "reason": "unreadable latent"}
+        except DataError as error:
+            raise DataError(f"{sample.place}: {error}") from None
+
+    def prepare(self, fields: dict[str, bytes], position: int) -> dict:
+        """What becomes of a sample's fields."""
+        raise NotImplementedError
 
     def caption(self, sample: Sample) -> str:
         """The text of a sample."""
-        return sample.read("txt").decode("utf-8", "replace").strip()
+        return self.text(sample.read("caption")["caption"])
+
+    def text(self, caption: bytes) -> str:
+        """The caption behind a sample's field."""
+        return caption.decode("utf-8", "replace").strip()
 
     def rng(self, position: int) -> np.random.Generator:
         """Randomness of this position's augmentations."""
         return np.random.default_rng([self.seed, 1, position])
 
-
-@lru_cache(maxsize=2)
-def order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """The permutation of sample indices in one epoch: int64 array of length `samples`."""
-    return np.random.default_rng([seed, 0, epoch]).permutation(samples)
+    def describe(self) -> str:
+        """How many samples there are and why others are not; of shards far away, only of those counted so far."""
+        if self.source.cheap:
+            len(self)
+        source = self.source
+        part = (
+            "" if source.counted == source.shards else f" in the first {source.counted:,} of {source.shards:,} shards"
+        )
+        about = f"{source.kept:,} of {source.seen:,} samples{part} ({self.dropped or 'none'} dropped)"
+        if 2 * source.dropped["filters"] > source.seen:
+            about += (
+                f"; re-shard: only {source.kept / source.seen:.1%} are kept, and the rest is read past; shards of the "
+                "samples kept load faster: put dataset.params.filters into select.filters of configs/data"
+            )
+        return about
 
 
 class ImageDataset(PositionDataset):
-    """Images and captions: pixels float32 3 x R x R in [-1, 1], caption str, key str."""
+    """Images and captions: pixels float32 3 x R x R in [-1, 1], caption and key str, and `images.prepare`'s int64
+    original_size (height, width) and crop (top, left).
+
+    `path` names tars or, with `columns`, tables. With `idx_to_prompt`, a JSON file, captions are prompts of classes.
+    """
 
     def __init__(
         self,
         path: str,
         resolution: int,
         *,
-        crop="center",
-        flip=False,
-        zoom=(1.0, 1.0),
-        filters=None,
-        idx_to_prompt=None,
-        seed=0,
+        crop: str = "center",
+        flip: bool = False,
+        zoom: tuple[float, float] = (1.0, 1.0),
+        filters: dict[str, Any] | None = None,
+        idx_to_prompt: str | None = None,
+        columns: dict[str, str] | None = None,
+        seed: int = 0,
+        window: int = 64,
+        cache: str | None = None,
     ):
-        needed = [IMAGE_EXTENSIONS, ("cls",) if idx_to_prompt else ("txt",)]
-        samples, self.dropped = keep_samples(find_samples(path), needed, filters)
-        super().__init__(samples, seed)
         self.resolution, self.crop, self.flip, self.zoom = resolution, crop, flip, zoom
         self.prompts = _read_prompts(idx_to_prompt) if idx_to_prompt else None
+        if columns is None:
+            wanted = {"image": IMAGE, "caption": ("cls",) if idx_to_prompt else ("txt",)}
+            source = TarSource(path, wanted, filters, cache=cache, window=window)
+        else:
+            source = TableSource(path, TABLE_COLUMNS, filters, columns=columns, cache=cache, window=window)
+        super().__init__(source, seed, window)
 
-    def __getitem__(self, position: int) -> dict:
-        rng, sample = self.rng(position), self.locate(position)
-        try:
-            image = read_image(sample)
-        except DataError as error:
-            return {"error": str(error)}
-        image = resize_and_crop(image, self.resolution, self.crop, rng, rng.uniform(*self.zoom))
-        if self.flip and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        return {"key": sample.key, "pixels": to_pixels(image), "caption": self.caption(sample)}
+    def prepare(self, fields: dict[str, bytes], position: int) -> dict:
+        """The square of the image, and the caption."""
+        rng = self.rng(position)
+        image = images.prepare(fields["image"], self.resolution, self.crop, self.flip, rng, self.zoom)
+        return {**image, "caption": self.text(fields["caption"])}
 
-    def caption(self, sample: Sample) -> str:
-        """The text of a sample, or the prompt of its class."""
+    def text(self, caption: bytes) -> str:
+        """The caption behind a sample's field, or the prompt of its class."""
         if self.prompts is None:
-            return super().caption(sample)
-        label = sample.read("cls").decode().strip()
+            return super().text(caption)
+        label = caption.decode("utf-8", "replace").strip()
         try:
             return self.prompts[label] if isinstance(self.prompts, dict) else self.prompts[int(label)]
         except (KeyError, IndexError, ValueError):
-            raise DataError(
-                f"{sample.shard}: {sample.key}.cls: no prompt for class {label!r} in dataset.params.idx_to_prompt"
-            ) from None
+            raise DataError(f"no prompt for class {label!r} in dataset.params.idx_to_prompt") from None
 
 
 class LatentDataset(PositionDataset):
-    """Precomputed latents and captions: latents float32 C x h x w (already scaled), caption str, key str."""
+    """Precomputed latents: latents float32 C x h x w (already scaled), caption and key str; where they were kept, int64
+    original_size and crop as of an image, and text, the states of the caption: float32 tokens x width.
 
-    def __init__(self, path: str, *, filters=None, seed=0):
-        samples, self.dropped = keep_samples(find_samples(path), [("latent",), ("txt",)], filters)
-        super().__init__(samples, seed)
+    Of stored moments the latents are drawn anew at each position. `empty_text` is the text of the empty caption.
+    """
 
-    def __getitem__(self, position: int) -> dict:
-        sample = self.locate(position)
-        try:
-            latents = load_safetensors(sample.read("latent"))["latents"].float()
-        except (OSError, KeyError, SafetensorError) as error:
-            return {"error": f"{sample.shard}: {sample.key}.latent: unreadable ({error})"}
-        return {"key": sample.key, "latents": latents, "caption": self.caption(sample)}
+    def __init__(
+        self,
+        path: str,
+        *,
+        filters: dict[str, Any] | None = None,
+        seed: int = 0,
+        window: int = 64,
+        cache: str | None = None,
+    ):
+        self.empty_text = _read_empty_text(path) if path.endswith(".json") else None
+        wanted = {"latent": ("latent",), "caption": ("txt",)}
+        if self.empty_text is not None:
+            wanted["text"] = ("text",)
+        super().__init__(TarSource(path, wanted, filters, cache=cache, window=window), seed, window)
+
+    def prepare(self, fields: dict[str, bytes], position: int) -> dict:
+        """The latents, the caption and what was kept with them."""
+        kept = load_safetensors(fields["latent"])
+        if "mean" in kept:
+            noise = self.rng(position).standard_normal(kept["mean"].shape, dtype=np.float32)
+            latents = kept["mean"].float() + kept["std"].float() * torch.from_numpy(noise)
+        else:
+            latents = kept["latents"].float()
+        item = {"latents": latents, "caption": self.text(fields["caption"])}
+        item |= {name: kept[name] for name in ("original_size", "crop") if name in kept}
+        if "text" in fields:
+            item["text"] = load_safetensors(fields["text"])["text"].float()
+        return item
 
 
 def _read_prompts(path: str) -> dict | list:
@@ -231,80 +279,111 @@ def _read_prompts(path: str) -> dict | list:
     return prompts
 
 
+def _read_empty_text(manifest: str) -> torch.Tensor | None:
+    """The states of the empty caption that a manifest names, float32 tokens x width."""
+    name = read_manifest(manifest).get("empty_text")
+    try:
+        return load_file(Path(manifest).parent / name)["text"].float() if name else None
+    except (OSError, KeyError, SafetensorError) as error:
+        raise DataError(
+            f"{Path(manifest).parent / name}: not the states of the empty caption ({error}); make them again: "
+            f"snakemake --force {manifest}"
+        ) from None
+
+
 def open_dataset(config, seed: int) -> PositionDataset:
     """The dataset of a stage's `dataset` section."""
     params = config.params
     filters = dict(params.filters) if params.filters else None
+    if params.window < 1:
+        raise DataError(f"dataset.params.window={params.window}: at least one shard is shuffled at a time")
+    shared = {"filters": filters, "seed": seed, "window": params.window, "cache": params.cache}
     if config.type == "LatentDataset":
-        return LatentDataset(params.path, filters=filters, seed=seed)
+        return LatentDataset(params.path, **shared)
     if config.type == "ClassificationWebDataset" and not params.idx_to_prompt:
         raise DataError("dataset.params.idx_to_prompt: ClassificationWebDataset needs a JSON file of class -> prompt")
-    prompts = params.idx_to_prompt if config.type == "ClassificationWebDataset" else None
     return ImageDataset(
         params.path,
         params.resolution,
         crop=params.crop,
         flip=params.flip,
-        filters=filters,
-        idx_to_prompt=prompts,
-        seed=seed,
+        idx_to_prompt=params.idx_to_prompt if config.type == "ClassificationWebDataset" else None,
+        columns=dict(params.columns) if config.type in TABLE_DATASETS else None,
+        **shared,
     )
 
 
 # ---------------------------------------------------------------- batches
 def batches(
-    dataset: PositionDataset, batch_size: int, *, start=0, rank=0, world_size=1, workers=0, pin=False
+    dataset: PositionDataset,
+    batch_size: int,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin: bool = False,
+    max_lost: float = 0.1,
 ) -> Iterator[dict]:
     """Endless batches of this rank from image number `start` on.
 
     A global batch is `world_size * batch_size` consecutive positions; rank r takes the r-th run of `batch_size`.
-    Tensors are stacked on a first axis, other values are lists. An undecodable image gives its place to the next
-    readable one of the stream; more than 1 in 10 of them (and of 10 images at all) end the training with DataError.
+    Tensors are stacked on a first axis, other values are lists. An unreadable sample gives its place to the next
+    readable one of the stream and is counted in `dataset.lost`; more of them than the share `max_lost` (and than 10
+    at all) end the training with DataError.
     """
-    first, stride = start + rank * batch_size, world_size * batch_size
+    first, stride, seen = start + rank * batch_size, world_size * batch_size, 0
     loader = DataLoader(
-        dataset,
+        _Messages(dataset),
         batch_sampler=_Positions(first, stride, batch_size),
         num_workers=workers,
-        collate_fn=list,
-        pin_memory=False,
-        persistent_workers=workers > 0,
+        collate_fn=_collate,
         worker_init_fn=_one_thread,
     )
-    seen = lost = 0
-    for items in _plain_errors(loader):
-        for i, item in enumerate(items):
-            seen += 1
-            if "error" not in item:
-                continue
-            lost += 1
-            warnings.warn(f"skipped: {item['error']}", stacklevel=2)
-            if lost > max(10, seen / 10):
-                raise DataError(
-                    f"{lost} of {seen} images are lost, the last: {item['error']}; rebuild or filter the shards"
-                )
-            items[i] = _next_readable(dataset, first + i)
+    for batch in loader:
+        seen += batch_size
+        if isinstance(batch, list):
+            for i, item in enumerate(batch):
+                if "error" in item:
+                    _count_lost(dataset.lost, item, seen, max_lost)
+                    batch[i] = _next_readable(dataset, first + i)
+            batch = _collate(batch)
         first += stride
-        yield {k: _stack([item[k] for item in items], pin) for k in items[0]}
+        yield {k: v.pin_memory() if pin and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _count_lost(lost: Counter, item: dict, seen: int, max_lost: float) -> None:
+    if "reason" not in item:
+        raise DataError(item["error"])
+    lost[item["reason"]] += 1
+    warnings.warn(f"skipped: {item['error']}", stacklevel=3)
+    if lost.total() > max(10, seen * max_lost):
+        raise DataError(
+            f"{lost.total()} of {seen} samples are lost ({dict(lost)}), the last: {item['error']}; rebuild or filter "
+            "the shards, or allow more with dataset.params.max_lost"
+        )
 
 
 def _next_readable(dataset: PositionDataset, position: int) -> dict:
     """The first readable item past `position`: the same at any batch and world size."""
-    for step in range(1, len(dataset)):
+    for step in range(1, TRIES):
         item = dataset[position + step]
         if "error" not in item:
             return item
-    raise DataError(
-        f"not one of {len(dataset)} images can be read, the last: {dataset[position]['error']}; rebuild the shards"
-    )
+    raise DataError(f"not one of {TRIES} samples in a row can be read, the last: {item['error']}; rebuild the shards")
 
 
-def _plain_errors(loader: DataLoader) -> Iterator[list[dict]]:
-    """The loader's batches; a DataError of a worker process is raised with its own message, without its traceback."""
-    try:
-        yield from loader
-    except DataError as error:
-        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+class _Messages(Dataset):
+    """A dataset whose DataError comes as an item without "reason": a worker would raise it with all its traceback."""
+
+    def __init__(self, dataset: PositionDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, position: int) -> dict:
+        try:
+            return self.dataset[position]
+        except (DataError, ShardError) as error:
+            return {"error": str(error)}
 
 
 class _Positions:
@@ -324,8 +403,9 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _stack(values: list, pin: bool):
-    if not isinstance(values[0], torch.Tensor):
-        return values
-    stacked = torch.stack(values)
-    return stacked.pin_memory() if pin else stacked
+def _collate(items: list[dict]) -> dict | list[dict]:
+    """One dict of stacked tensors and of lists; the items as they are where one has an error."""
+    if any("error" in item for item in items):
+        return items
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    return {k: torch.stack(v) if isinstance(v[0], torch.Tensor) else v for k, v in columns.items()}

@@ -91,10 +91,12 @@ def check_fit(parts: Parts) -> None:
             raise ModelError(
                 f"model.unet.params.{key}: {parts.unet.config[key]}, but the VAE's latents have {channels} channels"
             )
-    length, limit = (
-        parts.tokenizer.model_max_length,
-        getattr(parts.text_encoder.config, "max_position_embeddings", 10_000),
-    )
+    check_length(parts.tokenizer, parts.text_encoder)
+
+
+def check_length(tokenizer, text_encoder: nn.Module) -> None:
+    """Refuse a tokenizer that pads captions to more tokens than the text encoder takes."""
+    length, limit = tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", 10_000)
     if length > limit:  # where tokenizer_config.json says nothing, it is 10^30
         remedy = f"set model_max_length to {limit} at most in its tokenizer_config.json"
         raise ModelError(f"model.tokenizer: pads captions to {length} tokens, the text encoder takes {limit}; {remedy}")
@@ -218,9 +220,25 @@ class TextEncoding:
         return self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float()
 
 
-@torch.no_grad()
 def encode_images(vae: nn.Module, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Scaled float32 latents of images N x 3 x H x W in [-1, 1]: a posterior sample, its mean without a generator."""
+    mean, deviation = encode_moments(vae, pixels)
+    if generator is None:
+        return mean
+    return mean + deviation * torch.randn(mean.shape, generator=generator, device=mean.device)
+
+
+@torch.no_grad()
+def encode_moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the posterior of images N x 3 x H x W in [-1, 1], both float32 and scaled."""
     posterior = vae.encode(pixels).latent_dist
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    mean = (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return mean, posterior.std.float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Images N x 3 x H x W, float32 in [-1, 1], of scaled latents."""
+    return (
+        vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.float().clamp(-1, 1)
+    )

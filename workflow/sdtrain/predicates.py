@@ -9,12 +9,15 @@ Forms, as values of `{column: predicate}`:
     [">=256", "<=1024"]                 a list: all must hold
 
 A missing key, a null and a NaN pass no predicate but an explicit null: "== null", null, "in [a, null]". Numbers,
-texts and booleans are three kinds: values of different kinds are never equal and never in order.
+texts and booleans are three kinds: values of different kinds are never equal and never in order. A column whose Arrow
+field has the metadata {"json": "1"} holds JSON texts: each stands for the value that it spells.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import math
 import operator
 import re
@@ -56,19 +59,21 @@ class Predicate:
             return _compare(ORDER[self.operation], value, self.operands[0])
         return any(_compare(operator.eq, value, o) for o in self.operands) == (self.operation == "in")
 
-    def mask(self, column: pyarrow.ChunkedArray) -> np.ndarray:
-        """The verdict on each value of an Arrow column: bool, one entry a row."""
-        values, null, kind = _to_numpy(column, self.column)
+    def mask(self, column: _Column) -> np.ndarray:
+        """The verdict on each value of a column: bool, one entry a row."""
+        if column.kind == "json":
+            verdicts = np.array([self.passes(value) for value in column.values], bool)
+            return verdicts[column.indices]
         if self.operation in ORDER:
             (operand,) = self.operands
-            return ~null & (ORDER[self.operation](values, operand) if _kind(operand) == kind else False)
-        found = np.zeros(len(null), bool)
+            return column.compare(self.operation, operand) if _kind(operand) == column.kind else column.nowhere()
+        found = column.nowhere()
         for operand in self.operands:
-            if _kind(operand) == kind:
-                found |= np.asarray(values == operand, bool)
+            if _kind(operand) == column.kind:
+                found |= column.compare("==", operand)
         if self.operation == "not in":
-            return ~null & ~found
-        return np.where(null, None in self.operands, found)
+            return ~(found | column.null)
+        return found | column.null if None in self.operands else found
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,7 @@ class Predicates:
 
     def mask(self, table: pandas.DataFrame | pyarrow.Table) -> np.ndarray:
         """Which rows pass: bool, one entry a row. Raises PredicateError for a column the table lacks."""
-        keep = np.ones(len(table), bool)
-        for predicate in self.items:
-            keep &= predicate.mask(_column(table, predicate.column))
-        return keep
+        return self.judge(table)[0]
 
     def explain(self) -> list[str]:
         """One line a predicate, in the order in which they apply."""
@@ -103,23 +105,28 @@ class Predicates:
         A row a predicate: column, predicate, null (rows without a value), alone_kept, alone_dropped, kept, dropped.
         Counts of parts of a table add up (`add_yields`).
         """
-        rows, keep = [], np.ones(len(table), bool)
+        return self.judge(table)[1]
+
+    def judge(self, table: pandas.DataFrame | pyarrow.Table) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """`mask` and `yields` of a table, of one look at it."""
+        columns = {name: _read_column(table, name) for name in self.columns}
+        rows, keep, left = [], np.ones(len(table), bool), len(table)
         for predicate in self.items:
-            column = _column(table, predicate.column)
-            alone = predicate.mask(column)
-            before, keep = int(keep.sum()), keep & alone
+            alone, before = predicate.mask(columns[predicate.column]), left
+            keep &= alone
+            left, passing = int(np.count_nonzero(keep)), int(np.count_nonzero(alone))
             rows.append(
                 {
                     "column": predicate.column,
                     "predicate": predicate.text,
-                    "null": int(_to_numpy(column, predicate.column)[1].sum()),
-                    "alone_kept": int(alone.sum()),
-                    "alone_dropped": int((~alone).sum()),
-                    "kept": int(keep.sum()),
-                    "dropped": before - int(keep.sum()),
+                    "null": int(np.count_nonzero(columns[predicate.column].null)),
+                    "alone_kept": passing,
+                    "alone_dropped": len(table) - passing,
+                    "kept": left,
+                    "dropped": before - left,
                 }
             )
-        return rows
+        return keep, rows
 
 
 def parse(filters: Mapping[str, Any] | None) -> Predicates:
@@ -139,6 +146,23 @@ def add_yields(total: list[dict[str, Any]] | None, part: list[dict[str, Any]]) -
         return part
     texts = ("column", "predicate")
     return [{k: a[k] if k in texts else a[k] + b[k] for k in a} for a, b in zip(total, part, strict=True)]
+
+
+def held_out_side(values: pyarrow.ChunkedArray | Sequence[Any], fraction: float, seed: int) -> np.ndarray:
+    """Which values are held out: those whose sha256 with the seed, as a share of its range, is below the fraction.
+
+    bool, one entry a value; equal values fall on one side, whatever else is there. A null is a value of its own.
+    """
+    if not fraction:
+        return np.zeros(len(values), bool)
+    values = values if isinstance(values, Sequence) else values.to_pylist()
+    texts = [f"{seed}:{value}" for value in values]
+    try:
+        encoded = [text.encode() for text in texts]
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    digests = b"".join([hashlib.sha256(data).digest() for data in encoded])
+    return np.frombuffer(digests, ">u8")[::4].astype(np.float64) / 2**64 < fraction  # the first 8 bytes of each
 
 
 # ---------------------------------------------------------------- parsing
@@ -226,44 +250,101 @@ def _compare(operation: Any, value: Any, operand: Any) -> bool:
     if _kind(value) != _kind(operand):
         return False
     if isinstance(value, float | np.floating) or isinstance(operand, float):
-        value, operand = float(value), float(operand)
+        value, operand = _to_float(value), _to_float(operand)
     return bool(operation(value, operand))
 
 
-def _column(table: pandas.DataFrame | pyarrow.Table, name: str) -> pyarrow.ChunkedArray:
+def _to_float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf if number > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column as predicates see it: numbers and booleans in numpy, texts in Arrow, the distinct values of JSON texts.
+
+    `null` is a bool a row; a JSON column has the row's place among its values in `indices`.
+    """
+
+    kind: str  # number, boolean, text, null, json
+    null: np.ndarray
+    values: Any
+    indices: np.ndarray | None = None
+
+    def compare(self, sign: str, operand: Any) -> np.ndarray:
+        """Where value and operand, of one kind, are in order or equal ("=="); a null never is."""
+        if self.kind == "text":
+            import pyarrow.compute as pc
+
+            names = {"<": "less", "<=": "less_equal", ">": "greater", ">=": "greater_equal", "==": "equal"}
+            if not _is_utf8(operand):
+                operation = ORDER.get(sign, operator.eq)
+                return np.array([v is not None and operation(v, operand) for v in self.values.to_pylist()], bool)
+            found = getattr(pc, names[sign])(self.values, operand).fill_null(False)
+            return found.to_numpy(zero_copy_only=False).astype(bool)
+        return ORDER.get(sign, operator.eq)(self.values, operand) & ~self.null
+
+    def nowhere(self) -> np.ndarray:
+        """False, once a row."""
+        return np.zeros(len(self.null), bool)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode()) or True
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _read_column(table: pandas.DataFrame | pyarrow.Table, name: str) -> _Column:
     import pyarrow
 
     arrow = hasattr(table, "column_names")
     names = list(table.column_names if arrow else table.columns)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
+        near = difflib.get_close_matches(name, map(str, names), 1)
         hint = f"did you mean {near[0]}?" if near else f"columns here: {', '.join(map(str, names))}"
         raise PredicateError(f"filters.{name}: the table has no column {name}; {hint}")
     if arrow:
-        return table.column(name)
+        metadata = table.schema.field(name).metadata or {}
+        column = table.column(name)
+        return _json_column(column, name) if metadata.get(b"json") == b"1" else _typed_column(column, name)
     try:
-        return pyarrow.chunked_array(pyarrow.array(table[name], from_pandas=True))
+        return _typed_column(pyarrow.chunked_array(pyarrow.array(table[name], from_pandas=True)), name)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise PredicateError(f"filters.{name}: the column mixes types ({error}); make it one type") from None
 
 
-def _to_numpy(column: pyarrow.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Values, which of them are null, and their kind. Floats widen to 64 bits, as they are in JSON."""
+def _json_column(column: pyarrow.ChunkedArray, name: str) -> _Column:
+    encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+    try:
+        values = [None if text is None else json.loads(text) for text in encoded.dictionary.to_pylist()]
+    except ValueError as error:
+        raise PredicateError(
+            f"filters.{name}: the column should hold JSON texts ({error}); index the shard anew"
+        ) from None
+    indices = encoded.indices.to_numpy()
+    null = np.array([_is_null(value) for value in values], bool)[indices]
+    return _Column("json", null, values, indices)
+
+
+def _typed_column(column: pyarrow.ChunkedArray, name: str) -> _Column:
+    """Floats widen to 64 bits, as they are in JSON; a NaN counts as null."""
     from pyarrow import types
 
-    kind = column.type
-    if types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
-    null = np.asarray(column.is_null().to_numpy(), bool)
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind, null = column.type, np.asarray(column.is_null(nan_is_null=True).to_numpy(), bool)
     if types.is_null(kind):
-        return np.zeros(len(column)), null, "null"
+        return _Column("null", null, None)
     if types.is_boolean(kind):
-        return np.asarray(column.fill_null(False).to_numpy(), bool), null, "boolean"
+        return _Column("boolean", null, np.asarray(column.fill_null(False).to_numpy(), bool))
     if types.is_integer(kind):
-        return np.asarray(column.fill_null(0).to_numpy()), null, "number"
+        return _Column("number", null, column.fill_null(0).to_numpy())
     if types.is_floating(kind):
-        values = np.asarray(column.fill_null(math.nan).to_numpy(), np.float64)
-        return values, np.isnan(values), "number"
+        return _Column("number", null, column.to_numpy().astype(np.float64, copy=False))
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return np.asarray(column.fill_null("").to_numpy(zero_copy_only=False), object), null, "text"
+        return _Column("text", null, column.cast("string") if types.is_string_view(kind) else column)
     raise PredicateError(f"filters.{name}: the column holds {kind}; predicates compare numbers, texts and booleans")

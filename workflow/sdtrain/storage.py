@@ -14,9 +14,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,10 +48,22 @@ def expand(address: str | Path) -> list[str]:
     return [found for one in expanded for found in _glob(one)]
 
 
+def walk(address: str) -> list[str]:
+    """The files below a folder of this machine or of s3://, in order, or the address itself where it is a file."""
+    if is_local(address):
+        pattern = f"{glob.escape(address)}/**" if os.path.isdir(address) else glob.escape(address)
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    with _named(address):
+        filesystem, path = find_filesystem(address)
+        protocol = address.partition("://")[0]
+        return sorted(f"{protocol}://{found}" for found in filesystem.find(path))
+
+
 def copy(address: str, file: BinaryIO) -> None:
     """Append all bytes of an address to an open file of this machine. A pipe: command is run by bash, with pipefail."""
     if address.startswith("pipe:"):
         command = ["bash", "-o", "pipefail", "-c", address.removeprefix("pipe:")]
+        file.flush()  # the command writes behind Python's back
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE, check=False)
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no output"]
@@ -86,7 +98,10 @@ def read_range(address: str, offset: int, size: int) -> bytes:
             with _open(address, {"Range": f"bytes={offset}-{offset + size - 1}"}) as answer:
                 if answer.status != 206:  # the server knows no ranges
                     answer.read(offset)
-                return answer.read(size)
+                data = answer.read(size)
+                if len(data) < size and answer.length:
+                    raise OSError(f"cut off after {len(data)} of {len(data) + answer.length} bytes")
+                return data
         filesystem, path = find_filesystem(address)
         return filesystem.cat_file(path, start=offset, end=offset + size)
 
@@ -118,20 +133,42 @@ def fetch(address: str, folder: str | Path) -> str:
     return str(target)
 
 
+@contextlib.contextmanager
+def _named(address: str) -> Iterator[None]:
+    """Turn whatever a file system, botocore or urllib raises into a StorageError that names the address."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        raise StorageError(f"{address}: nothing is there; correct the path") from None
+    except Exception as error:
+        if (
+            not isinstance(error, OSError | ValueError | http.client.HTTPException)
+            and "boto" not in type(error).__module__
+        ):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise StorageError(f"{address}: cannot be read ({reason[0]}); check the address, access and network") from None
+
+
 def find_filesystem(address: str):
     """fsspec's file system for an address, and the path there. Raises StorageError for a protocol that has none."""
     protocol, separator, rest = address.partition("://")
+    rest = urllib.parse.unquote(rest) if protocol == "file" else rest
     try:
         return (_filesystem(protocol), rest) if separator else (_filesystem("file"), address)
     except (ImportError, ValueError) as error:
         raise StorageError(f"{address}: no access to {protocol}:// here ({error}); s3:// and http(s):// are") from None
 
 
-@cache
 def _filesystem(protocol: str):
+    """fsspec keeps one a process, and makes another after a fork; what lies on S3 may change between two looks."""
     import fsspec
 
-    return fsspec.filesystem(protocol, **({"config_kwargs": S3} if protocol == "s3" else {}))
+    return fsspec.filesystem(
+        protocol, **({"config_kwargs": S3, "use_listings_cache": False} if protocol == "s3" else {})
+    )
 
 
 def _glob(address: str) -> list[str]:
@@ -163,22 +200,3 @@ def _open(address: str, headers: dict[str, str] | None = None) -> Iterator[Binar
         filesystem, path = find_filesystem(address)
         with filesystem.open(path, "rb") as file:
             yield file
-
-
-@contextlib.contextmanager
-def _named(address: str) -> Iterator[None]:
-    """Turn whatever a file system, botocore or urllib raises into a StorageError that names the address."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except FileNotFoundError:
-        raise StorageError(f"{address}: nothing is there; correct the path") from None
-    except Exception as error:
-        if (
-            not isinstance(error, OSError | ValueError | http.client.HTTPException)
-            and "boto" not in type(error).__module__
-        ):
-            raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise StorageError(f"{address}: cannot be read ({reason[0]}); check the address, access and network") from None

@@ -1,0 +1,108 @@
+"""Resharding half of a gigabyte of shards, against `cp` of the bytes that it keeps; and its peak memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sdtrain import config, schema
+from sdtrain.shards import ShardWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARDS, SAMPLES, SIZE, ROUNDS = 10, 1000, 100_000, 5  # samples a shard, bytes an image
+
+
+def load_reshard():
+    """The command as a module."""
+    spec = importlib.util.spec_from_file_location("reshard", ROOT / "workflow/scripts/reshard.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_shards(folder: Path, shards: int, samples: int, size: int) -> str:
+    """Shards of noise with the metadata of LAION, half of them at 512 px or more; returns their paths as a glob."""
+    rng = np.random.default_rng(0)
+    noise = rng.bytes(2 * size)
+    with ShardWriter(folder, samples) as writer:
+        for number in range(shards * samples):
+            width = int(rng.choice([300, 700]))
+            meta = {"original_width": width, "original_height": 512, "pwatermark": round(rng.random(), 3)}
+            meta |= {"caption": f"a caption of a few words {number}", "url": f"https://example.org/{number}.jpg"}
+            start = number % size
+            texts = {"txt": meta["caption"].encode(), "json": json.dumps(meta).encode()}
+            writer.add(f"{number:09d}", {"jpg": noise[start : start + size], **texts})
+    return f"{folder}/*.tar"
+
+
+def configure(path: str):
+    """The rule's configuration: keep 512 px and more."""
+    values = {"path": path, "samples_per_shard": SAMPLES // 2, "select": {"filters": {"original_width": ">=512"}}}
+    return config.load(schema.ExistingShardsConfig, values=values)
+
+
+def peak_memory(path: str, output: str) -> float:
+    """MB that a child process holds at most while it reshards."""
+    code = (
+        "import sys, resource; sys.path[:0] = ['benchmarks', 'workflow']; import reshard\n"
+        f"reshard.load_reshard().reshard(reshard.configure({path!r}), 'train', 0, 1, {output!r})\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def seconds(work: Callable[[], object], made: Path) -> tuple[float, float]:
+    """Wall time of a call, and of it with the files below `made` brought to the disk."""
+    begin = time.perf_counter()
+    work()
+    end = time.perf_counter()
+    for file in made.rglob("*.tar"):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    return end - begin, time.perf_counter() - begin
+
+
+def compare(folder: Path, path: str) -> tuple[float, float]:
+    """Reshard, then copy what was kept, in turn; prints the rates and returns the ratios: in the cache, on the disk."""
+    script, made, copied = load_reshard(), folder / "made", folder / "copied"
+    reshard = seconds(lambda: script.reshard(configure(path), "train", 0, 1, str(made / "manifest.json")), made)
+    tars = list(made.rglob("*.tar"))
+    kept = sum(tar.stat().st_size for tar in tars)
+    copied.mkdir()
+    copy = seconds(lambda: subprocess.run(["cp", *tars, copied], check=True), copied)
+    for left in (made, copied):
+        shutil.rmtree(left)
+    ratios = [c / r for c, r in zip(copy, reshard, strict=True)]
+    rates = [f"{kept / r / 1e6:,.0f} MB/s to cp's {kept / c / 1e6:,.0f}" for c, r in zip(copy, reshard, strict=True)]
+    print(f"cached: {rates[0]}, ratio {ratios[0]:.2f}; on the disk: {rates[1]}, ratio {ratios[1]:.2f}", flush=True)
+    return ratios[0], ratios[1]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_shards(Path(folder, "in"), SHARDS, SAMPLES, SIZE)
+        ratios = [compare(Path(folder), path) for _ in range(ROUNDS)]
+        cached, disk = np.median(ratios, axis=0)
+        print(f"median ratio to cp: {cached:.2f} cached, {disk:.2f} on the disk ({os.cpu_count()} cores)")
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = []
+        for shards in (10, 100):
+            path = write_shards(Path(folder, f"{shards}"), shards, SAMPLES, 100)
+            peaks.append(peak_memory(path, f"{folder}/made-{shards}/manifest.json"))
+            print(f"{shards * SAMPLES:,} samples: peak memory {peaks[-1]:,.0f} MB", flush=True)
+        print(f"ratio of the peaks: {peaks[1] / peaks[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Copy the samples of existing shards whose metadata pass the filters, undecoded, into shards of equal size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from sdtrain import config as cf
+from sdtrain import schema, storage
+from sdtrain.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
+from sdtrain.shards import (
+    END,
+    INDEX,
+    THREADS,
+    ShardError,
+    ShardIndex,
+    describe_shard,
+    find_shards,
+    from_json_column,
+    index_tar,
+    join_indices,
+    locked,
+    progress,
+    read_index,
+    read_metadata,
+    read_part,
+    write_manifest,
+)
+
+BUFFER = 2 << 20  # bytes copied at once
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    defaults = {"split": "train", "part": "0", "parts": "1", "output": None}
+    config, own = cf.command_line(argv, schema.ExistingShardsConfig, __doc__, **defaults)
+    try:
+        manifest = reshard(config, own["split"], *read_part(own["part"], own["parts"]), own["output"])
+    except (cf.ConfigError, PredicateError, ShardError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(show(manifest))
+
+
+def reshard(config: DictConfig, split: str, part: int, parts: int, output: str) -> dict:
+    """Write one part's shards into a folder beside `output`, keyed by what decides them, then their manifest.
+
+    A command that was killed starts over; the same input gives the same bytes, whatever was there before.
+    """
+    choice = Choice(config, split)
+    source = find_shards(choice.path, part, parts)
+    made_by = choice.made_by | {"samples_per_shard": config.samples_per_shard, "part": part, "parts": parts}
+    made_by["source"] = source.get("fingerprint")
+    folder = Path(output).parent / cf.fingerprint(made_by)
+    with locked(folder):
+        with ShardCopier(folder, config.samples_per_shard) as copier:
+            for row in progress(source["shards"], len(source["shards"]), "reshard"):
+                with storage.local(row["path"]) as path:
+                    index = choice.keep(read_source(row, path, choice.columns))
+                    copier.add(path, index, stays=storage.is_local(row["path"]))
+        yields = {"yields": choice.yields} if choice.yields else {}
+        result = {"samples": copier.samples, "dropped": dict(choice.dropped), **yields}
+        if parts == 1 and not copier.samples:
+            raise ShardError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{show(result)}")
+        return write_manifest(output, source["kind"], copier.paths, result["dropped"], made_by, **yields)
+
+
+def read_source(row: dict, path: str, columns: list[str]) -> ShardIndex:
+    """The index of a source with these columns: the one that its manifest names, or one made now from the local tar."""
+    if row["index_path"]:
+        return read_index(row["index_path"], row["path"], columns)
+    index = index_tar(path, row["path"])
+    return read_metadata(index, path, columns) if columns else index
+
+
+class Choice:
+    """Which samples of the source belong to a split, and the count of the others by reason."""
+
+    def __init__(self, config: DictConfig, split: str):
+        self.predicates, self.held = check(config, split)
+        self.split = split
+        self.path = config.held_out_path if split == "held_out" and config.held_out_path else config.path
+        self.columns = list(dict.fromkeys([*self.predicates.columns, *([self.held.column] if self.held else [])]))
+        self.made_by = {"path": self.path, "filters": self.predicates.explain()}
+        if self.held:
+            self.made_by |= {"split": split, "held_out": OmegaConf.to_container(self.held)}
+        self.dropped: Counter[str] = Counter()
+        self.yields: list[dict[str, Any]] | None = None
+
+    def keep(self, index: ShardIndex) -> ShardIndex:
+        """The samples that belong here. Those without a JSON object are dropped where one of its keys is asked for."""
+        if not self.columns:
+            return index
+        asked, before = index.take(index.readable), len(index)
+        passed, yields = self.predicates.judge(asked.metadata)
+        self.yields = add_yields(self.yields, yields)
+        kept = asked.take(passed)
+        here = kept.take(self._side(kept)) if self.held else kept
+        other = "in the held-out split" if self.split == "train" else "in the training split"
+        counts = {
+            "no readable json": before - len(asked),
+            "filters": len(asked) - len(kept),
+            other: len(kept) - len(here),
+        }
+        self.dropped += Counter(counts)
+        return here
+
+    def _side(self, index: ShardIndex) -> np.ndarray:
+        column = self.held.column
+        values = from_json_column(index.metadata[column], index.metadata.schema.field(column))
+        return held_out_side(values, self.held.fraction, self.held.seed) == (self.split == "held_out")
+
+
+def check(config: DictConfig, split: str) -> tuple[Predicates, DictConfig | None]:
+    """The filters, and the held-out rule unless nothing is held out. Raises ConfigError for what shards cannot do.
+
+    Shards of their own for the held-out split make the rule void: then nothing of `path` is held out.
+    """
+    select, held = config.select, config.select.held_out
+    for key in ("deduplicate", "rows"):
+        if select[key] is not None:
+            raise cf.ConfigError(f"select.{key}: is for tables only; take it away, or set select.filters for shards")
+    if not 0 <= held.fraction < 1:
+        raise cf.ConfigError(f"select.held_out.fraction: {held.fraction} is not in [0, 1)")
+    if split == "held_out" and not (config.held_out_path or held.fraction):
+        raise cf.ConfigError(
+            "shards.held_out_path: name the shards that the metrics compare with, such as a validation set, "
+            "or set select.held_out.fraction"
+        )
+    if config.samples_per_shard < 1:
+        raise cf.ConfigError(f"shards.samples_per_shard: {config.samples_per_shard} is not above 0")
+    return parse(select.filters), held if held.fraction and not config.held_out_path else None
+
+
+# ---------------------------------------------------------------- copying
+class ShardCopier:
+    """Fill shards of equal length with whole samples of other tars, byte for byte. Use as a context.
+
+    Threads copy, sum and index while the caller looks for the next samples. `paths`, `samples`: what was written.
+    """
+
+    def __init__(self, folder: Path, samples_per_shard: int):
+        self.folder, self.samples_per_shard = folder, samples_per_shard
+        self.paths: list[Path] = []
+        self.samples = 0
+        self._shard: ShardCopy | None = None
+        self._finished: list[Future] = []
+        self._last: tuple[str, str] | None = None  # shard and key of the sample before
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    def __enter__(self) -> ShardCopier:
+        for old in {*self.folder.glob("*.tar*"), *self.folder.glob("*.parquet*")}:  # those aside, too
+            old.unlink()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if error[0] is None and self._shard is not None:
+            self._finish()
+        self._pool.shutdown(cancel_futures=error[0] is not None)
+        if error[0] is None:
+            wait(self._finished)
+
+    def add(self, path: str, index: ShardIndex, stays: bool = True) -> None:
+        """Append the samples of an index of the local tar at `path`; if that does not stay, they are copied at once."""
+        self._check_neighbours(index)
+        at = 0
+        while at < len(index):
+            self._shard = self._shard or ShardCopy(self.folder / f"{len(self.paths):05d}.tar")
+            part = index[at : at + self.samples_per_shard - self.samples % self.samples_per_shard]
+            self._shard.parts.append((path, part))
+            if not stays:
+                self._shard.copy()
+            self.samples += len(part)
+            at += len(part)
+            if self.samples % self.samples_per_shard == 0:
+                self._finish()
+
+    def _check_neighbours(self, index: ShardIndex) -> None:
+        """Raises ShardError where two samples that come to lie side by side have one key: they would be read as one."""
+        if not len(index):
+            return
+        twice = np.flatnonzero(index.keys[1:] == index.keys[:-1])
+        key, shard = str(index.keys[0]), index.shard
+        if len(twice):
+            key = str(index.keys[twice[0]])
+            self._last = (shard, key)
+        if self._last and self._last[1] == key:
+            raise ShardError(
+                f"{shard}: sample {key} would lie beside a sample of the same key from {self._last[0]}, "
+                "and both be read as one; rename the keys of one of them"
+            )
+        self._last = (shard, str(index.keys[-1]))
+
+    def _finish(self) -> None:
+        self._finished.append(self._pool.submit(self._shard.finish))
+        self.paths.append(self._shard.path)
+        self._shard = None
+        wait(self._finished[: -2 * THREADS])  # no more than so many at a time
+        del self._finished[: -2 * THREADS]
+
+
+def wait(futures: list[Future]) -> None:
+    """Wait for all, and raise the first error."""
+    for future in futures:
+        future.result()
+
+
+class ShardCopy:
+    """One shard that is filled. Its bytes are summed on their way, so that they are read once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.parts: list[tuple[str, ShardIndex]] = []  # path of a tar, the samples taken from it
+        self._copied = 0  # of these parts
+        self._aside = path.with_name(f".{path.name}.tmp")
+        self._digest = hashlib.sha256()
+
+    def copy(self) -> None:
+        """Append the parts that were added since the last time."""
+        buffer = memoryview(bytearray(BUFFER))
+        with open(self._aside, "ab") as file:
+            for path, index in self.parts[self._copied :]:
+                for data in read_ranges(path, merge(index.begin, index.end), buffer):
+                    self._digest.update(data)
+                    file.write(data)
+        self._copied = len(self.parts)
+
+    def finish(self) -> None:
+        """Copy what is left, end the tar, give it its name, and write its index."""
+        self.copy()
+        with open(self._aside, "ab") as file:
+            file.write(2 * END)
+        self._digest.update(2 * END)
+        os.replace(self._aside, self.path)
+        index = join_indices(str(self.path), [part for _, part in self.parts])
+        describe_shard(str(self.path), self.path.with_suffix(INDEX), index, self._digest.hexdigest())
+
+
+def merge(begin: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
+    """Byte ranges in order, those that touch made one."""
+    breaks = np.flatnonzero(begin[1:] != end[:-1])
+    first, last = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [len(begin) - 1]])
+    return list(zip(begin[first].tolist(), end[last].tolist(), strict=True))
+
+
+def read_ranges(path: str, ranges: list[tuple[int, int]], buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of these ranges of a file, a buffer full at a time."""
+    filled = 0
+    with open(path, "rb", buffering=0) as file:
+        for begin, end in ranges:
+            file.seek(begin)
+            while begin < end:
+                count = file.readinto(buffer[filled : filled + end - begin])
+                if not count:
+                    raise ShardError(f"{path}: ends at {begin}, before the sample does; it changed while it was read")
+                begin, filled = begin + count, filled + count
+                if filled == len(buffer):
+                    yield buffer
+                    filled = 0
+    yield buffer[:filled]
+
+
+def show(result: dict) -> str:
+    """The yields and the counts as text."""
+    lines = []
+    for row in result.get("yields") or []:
+        counts = f"{row['alone_kept']:,} alone, {row['kept']:,} after those before it; {row['null']:,} have no value"
+        lines.append(f"{row['column']} {row['predicate']}: keeps {counts}")
+    lines += [f"dropped, {reason}: {count:,}" for reason, count in result["dropped"].items() if count]
+    return "\n".join([*lines, f"kept {result['samples']:,}"])
+
+
+if __name__ == "__main__":
+    main(sys.argv)

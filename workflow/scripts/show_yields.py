@@ -1,0 +1,39 @@
+"""Show what a selection keeps: the yield of each filter, the expected download and the number of shards."""
+
+from __future__ import annotations
+
+import sys
+
+from sdtrain import config as cf
+from sdtrain.tables import show
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    _, own = cf.command_line(argv, None, __doc__, yields=None, samples_per_shard=None, parts=None)
+    try:
+        size, parts = (positive(own, key) for key in ("samples_per_shard", "parts"))
+        result = cf.read_json(own["yields"])
+    except cf.ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    train, held_out = (count_shards(result[side], size, parts) for side in ("train", "held_out"))
+    print(show(result))
+    several = f" in {parts} parts" if parts > 1 else ""
+    print(f"shards of {size:,}{several}: train {train:,}, held out {held_out:,}")
+
+
+def positive(own: dict[str, str], key: str) -> int:
+    """The argument as a whole number above 0. Raises ConfigError for anything else."""
+    if not own[key].isdecimal() or not int(own[key]):
+        raise cf.ConfigError(f"{key}: {own[key]!r} is not a whole number above 0")
+    return int(own[key])
+
+
+def count_shards(rows: int, size: int, parts: int) -> int:
+    """Shards of `size` rows when each of `parts` equal parts ends with a shard of its own."""
+    edges = [part * rows // parts for part in range(parts + 1)]
+    return sum(-((begin - end) // size) for begin, end in zip(edges, edges[1:], strict=False))
+
+
+if __name__ == "__main__":
+    main(sys.argv)

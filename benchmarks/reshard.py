@@ -1,4 +1,4 @@
-"""Resharding half of a gigabyte of shards, against `cp` of the bytes that it keeps; and its peak memory."""
+"""Resharding a gigabyte of shards to half, against `cp` of the bytes that it keeps; and its peak memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sdtrain import config, schema
-from sdtrain.shards import ShardWriter
+from sdtrain.shards import ShardWriter, sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SAMPLES, SIZE, ROUNDS = 10, 1000, 100_000, 5  # samples a shard, bytes an image
@@ -62,39 +62,42 @@ def peak_memory(path: str, output: str) -> float:
     return float(done.stdout)
 
 
-def seconds(work: Callable[[], object], made: Path) -> tuple[float, float]:
-    """Wall time of a call, and of it with the files below `made` brought to the disk."""
+def seconds(work: Callable[[], object], made: Path | None = None) -> float:
+    """Wall time of a call, until the tars below `made`, if that is given, are on the disk."""
     begin = time.perf_counter()
     work()
-    end = time.perf_counter()
-    for file in made.rglob("*.tar"):
+    for file in made.rglob("*.tar") if made else []:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    return end - begin, time.perf_counter() - begin
+    return time.perf_counter() - begin
 
 
-def compare(folder: Path, path: str) -> tuple[float, float]:
-    """Reshard, then copy what was kept, in turn; prints the rates and returns the ratios: in the cache, on the disk."""
+def compare(folder: Path, path: str, to_disk: bool) -> list[float]:
+    """Reshard, then copy what was kept, in turn; returns the ratios to cp, and to cp with the sha256 that we give."""
     script, made, copied = load_reshard(), folder / "made", folder / "copied"
-    reshard = seconds(lambda: script.reshard(configure(path), "train", 0, 1, str(made / "manifest.json")), made)
+    output = str(made / "manifest.json")
+    reshard = seconds(lambda: script.reshard(configure(path), "train", 0, 1, output), made if to_disk else None)
     tars = list(made.rglob("*.tar"))
     kept = sum(tar.stat().st_size for tar in tars)
     copied.mkdir()
-    copy = seconds(lambda: subprocess.run(["cp", *tars, copied], check=True), copied)
+    copy = seconds(lambda: subprocess.run(["cp", *tars, copied], check=True), copied if to_disk else None)
+    sums = seconds(lambda: [sha256_file(tar) for tar in tars])
     for left in (made, copied):
         shutil.rmtree(left)
-    ratios = [c / r for c, r in zip(copy, reshard, strict=True)]
-    rates = [f"{kept / r / 1e6:,.0f} MB/s to cp's {kept / c / 1e6:,.0f}" for c, r in zip(copy, reshard, strict=True)]
-    print(f"cached: {rates[0]}, ratio {ratios[0]:.2f}; on the disk: {rates[1]}, ratio {ratios[1]:.2f}", flush=True)
-    return ratios[0], ratios[1]
+    rates = ", ".join(f"{kept / t / 1e6:,.0f}" for t in (reshard, copy, copy + sums))
+    where = "on the disk" if to_disk else "in the cache"
+    ratios = [copy / reshard, (copy + sums) / reshard]
+    print(f"{where}, MB/s of reshard, cp, cp with sha256: {rates}; ratios {ratios[0]:.2f}, {ratios[1]:.2f}", flush=True)
+    return ratios
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_shards(Path(folder, "in"), SHARDS, SAMPLES, SIZE)
-        ratios = [compare(Path(folder), path) for _ in range(ROUNDS)]
-        cached, disk = np.median(ratios, axis=0)
-        print(f"median ratio to cp: {cached:.2f} cached, {disk:.2f} on the disk ({os.cpu_count()} cores)")
+        for to_disk in (False, True):
+            ratios = [compare(Path(folder), path, to_disk) for _ in range(ROUNDS)]
+            plain, summed = np.median(ratios, axis=0)
+            print(f"median ratio to cp {plain:.2f}, to cp with sha256 {summed:.2f} ({os.cpu_count()} cores)")
     with tempfile.TemporaryDirectory() as folder:
         peaks = []
         for shards in (10, 100):

@@ -36,7 +36,7 @@ from sdtrain.shards import (
     write_manifest,
 )
 
-BUFFER = 2 << 20  # bytes copied at once
+BUFFER = 1 << 20  # bytes copied at once
 
 
 def main(argv: list[str]) -> None:

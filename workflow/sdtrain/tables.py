@@ -296,7 +296,8 @@ class ParquetFile:
         self.path, self.schema, self.rows = Path(path), schema, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._aside = self.path.with_name(f".{self.path.name}.tmp")  # one name: a killed process leaves no second file
-        repeated = [name for name in schema.names if name not in ("url", "caption")]  # these are seldom twice the same
+        unlike = ("url", "caption", *(field.name for field in schema if pa.types.is_floating(field.type)))
+        repeated = [name for name in schema.names if name not in unlike]  # a dictionary of the others wastes time
         self._writer = pq.ParquetWriter(self._aside, schema, use_dictionary=repeated)
         self._pending = schema.empty_table()
         self._thread, self._written = ThreadPoolExecutor(1), None

@@ -21,7 +21,7 @@ import webdataset as wds
 from PIL import Image
 from safetensors.torch import save
 
-from sdtrain import loader, shards
+from sdtrain import loader, shards, tars
 
 SIDE, RESOLUTION, BATCH, ROUNDS = 1024, 256, 16, 5
 IMAGES, LATENTS = 64, 1024
@@ -49,8 +49,8 @@ def write_shards(folder: Path) -> dict[str, str]:
     """One shard of JPEGs and one of latents; returns the paths of their manifests."""
     photos = [draw_photo(i) for i in range(8)]
     with (
-        shards.ShardWriter(folder / "images", IMAGES) as images,
-        shards.ShardWriter(folder / "latents", LATENTS) as lat,
+        tars.ShardWriter(folder / "images", IMAGES) as images,
+        tars.ShardWriter(folder / "latents", LATENTS) as lat,
     ):
         for i in range(IMAGES):
             images.add(f"{i:05d}", {"jpg": photos[i % len(photos)], "txt": b"a caption"})

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from sdtrain import config, schema
-from sdtrain.shards import ShardWriter, sha256_file
+from sdtrain.shards import sha256_file
+from sdtrain.tars import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SAMPLES, SIZE, ROUNDS = 10, 1000, 100_000, 5  # samples a shard, bytes an image

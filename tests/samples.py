@@ -40,6 +40,7 @@ def load_script(name: str):
     """A command of workflow/scripts as a module, to call its functions."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "workflow/scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # what its own processes are sent is pickled by this name
     spec.loader.exec_module(module)
     return module
 

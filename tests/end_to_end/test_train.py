@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from samples import load_script, write_tar
 from trainings import SCRIPTS, TORCHRUN, environment, kill_all
 
-from sdtrain import config, loader, schema, shards
+from sdtrain import config, loader, schema, shards, tars
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
@@ -232,7 +232,7 @@ def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
     script, root = load_script("precompute_latents"), tmp_path_factory.mktemp("latents")
     images = shards.read_manifest(image_shards / "manifest.json")["shards"]
     for row in images:
-        samples = [(s.key, {e: s.read(e) for e in s.fields}) for s in shards.index_tar(row["path"])]
+        samples = [(s.key, {e: s.read(e) for e in s.fields}) for s in tars.index_tar(row["path"])]
         captions = [fields["txt"] for _, fields in samples]
         for (_, fields), caption in zip(samples, captions[1:] + captions[:1], strict=True):
             fields["txt"] = caption

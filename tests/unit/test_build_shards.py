@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from samples import load_script
 
-from sdtrain.shards import index_tar
+from sdtrain.tars import index_tar
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 from downloads import Work, content, wait
 from samples import ROOT, load_script, write_tar
 
-from sdtrain.shards import index_tar
+from sdtrain.tars import index_tar
 
 MANNERS = {
     "404": "HTTP Error 404: Not Found",

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from samples import ROOT, load_script, make_sample, write_tar
 
-from sdtrain.shards import gather_manifests, index_tar, read_index, read_manifest
+from sdtrain.shards import gather_manifests, read_manifest
+from sdtrain.tars import index_tar, read_index
 
 SAMPLES = [make_sample(n) for n in range(6)]
 SCRIPT = load_script("index_shards")

@@ -11,8 +11,9 @@ SCRIPTS = sorted((WORKFLOW / "scripts").glob("*.py"))
 LAYERS = (  # a module imports only from the layers before its own
     {"schema"},
     {"config", "dist", "predicates", "storage"},
-    {"tables", "shards", "images", "models", "objective", "ema", "checkpoint", "sampling", "telemetry", "plan"},
-    {"sources", "features"},
+    {"tables", "tars", "images", "models", "objective", "ema", "checkpoint", "sampling", "telemetry", "plan"},
+    {"shards", "features"},
+    {"sources"},
     {"loader"},
     {"evaluation"},
 )

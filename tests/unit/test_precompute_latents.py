@@ -20,10 +20,9 @@ from PIL import Image
 from safetensors.torch import load, load_file
 from samples import load_script, make_sample, run_script, write_tar
 
-from sdtrain import config, images, models, schema, shards
+from sdtrain import config, images, models, schema, shards, tars
 
 script = load_script("precompute_latents")
-sys.modules[script.__name__] = script  # what its loader's processes are sent is pickled by this name
 EMOJI = Path(__file__).resolve().parents[2] / "resources/pretrained/emoji-autoencoder"
 
 
@@ -44,8 +43,8 @@ def arguments(folder: Path, manifest: Path, parts: Path, *settings: str) -> list
     return [*(f"{key}={value}" for key, value in named.items()), *settings]
 
 
-def samples_of(manifest: Path) -> list[shards.Sample]:
-    return [sample for row in shards.read_manifest(manifest)["shards"] for sample in shards.index_tar(row["path"])]
+def samples_of(manifest: Path) -> list[tars.Sample]:
+    return [sample for row in shards.read_manifest(manifest)["shards"] for sample in tars.index_tar(row["path"])]
 
 
 def tensors_of(manifest: Path, member: str = "latent") -> list[dict[str, torch.Tensor]]:
@@ -181,7 +180,7 @@ def test_samples_without_a_caption_are_kept_out_and_counted(tiny_parts, tmp_path
 def test_a_class_is_no_caption(tiny_parts, tmp_path):
     key, fields = make_sample(0)
     manifest = image_manifest(tmp_path, [(key, {"jpg": fields["jpg"], "cls": b"3"})])
-    with pytest.raises(shards.ShardError, match=r"0\.tar: 000000000 has a class, cls, and no caption.*text_encoder"):
+    with pytest.raises(tars.ShardError, match=r"0\.tar: 000000000 has a class, cls, and no caption.*text_encoder"):
         run(tmp_path, manifest, tiny_parts / "vae", text=tiny_parts)
     assert run(tmp_path, manifest, tiny_parts / "vae")["samples"] == 1
     assert samples_of(tmp_path / "manifest.json")[0].read("cls") == b"3"
@@ -338,7 +337,7 @@ def test_undecodable_images_are_left_out_and_counted(tiny_parts, tmp_path, capsy
 
 def test_no_image_at_all_leaves_no_manifest(tiny_parts, tmp_path):
     manifest = image_manifest(tmp_path, [("1", {"jpg": b"nothing", "txt": b"a"})])
-    with pytest.raises(shards.ShardError, match="images.json: not one image could be encoded"):
+    with pytest.raises(tars.ShardError, match="images.json: not one image could be encoded"):
         run(tmp_path, manifest, tiny_parts / "vae")
     assert not (tmp_path / "manifest.json").exists()
 

@@ -22,15 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ROOT, load_script, make_sample, run_script, write_tar
 
-from sdtrain.shards import (
-    describe_shard,
-    find_faults,
-    gather_manifests,
-    index_tar,
-    read_index,
-    read_manifest,
-    write_manifest,
-)
+from sdtrain.shards import describe_shard, find_faults, gather_manifests, read_manifest, write_manifest
+from sdtrain.tars import index_tar, read_index
 
 SCRIPT = load_script("reshard")
 SIZES = (7, 1, 0, 12, 5)

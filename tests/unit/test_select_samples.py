@@ -259,8 +259,8 @@ def test_yields_are_shown_with_download_and_shards(select, tmp_path):
     assert done.returncode == 0 and "width >= 100" in done.stdout
     assert f"expected download: train {yields['train']}.0 MB, held out {yields['held_out']}.0 MB" in done.stdout
     train, held_out = yields["train"], yields["held_out"]
-    assert train > 300 and 0 < held_out < 100  # so that each part has more than one shard, and one
-    assert "shards of 100 in 3 parts: train 6, held out 3" in done.stdout
+    assert train > 300 and 0 < held_out < 100  # so that each part has more than one shard
+    assert "shards of 100 in 3 parts: train 6, held out 1" in done.stdout
 
 
 def test_shards_are_counted_part_by_part():

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import SHARD_SIZES, draw, jpeg, make_sample, write_tar
 
-from sdtrain import predicates, shards, sources, storage
+from sdtrain import predicates, shards, sources, storage, tars
 from sdtrain.sources import DataError, TableSource, TarSource
 
 WANTED = {"image": ("jpg", "png"), "caption": ("txt",)}
@@ -95,7 +95,7 @@ def test_the_verdict_is_that_on_each_sample(tmp_path_factory, values):
 def test_a_malformed_filter_and_a_wrong_path_are_named(image_shards, tmp_path):
     with pytest.raises(DataError, match=r"^dataset\.params\.filters\.original_width: cannot read predicate '=>5'"):
         TarSource(str(image_shards / "manifest.json"), WANTED, {"original_width": "=>5"})
-    with pytest.raises(shards.ShardError, match="00003.tar: shard is missing"):
+    with pytest.raises(tars.ShardError, match="00003.tar: shard is missing"):
         TarSource(f"{image_shards}/{{00000..00003}}.tar", WANTED)
     with pytest.raises(DataError, match=r"dataset\.params\.path: .*nothing there matches"):
         TarSource(f"{tmp_path}/*.tar", WANTED)

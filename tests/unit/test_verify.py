@@ -8,15 +8,8 @@ import shutil
 import pytest
 from samples import make_sample, run_script, write_tar
 
-from sdtrain.shards import (
-    find_faults,
-    gather_manifests,
-    index_tar,
-    read_metadata,
-    sha256_file,
-    write_index,
-    write_manifest,
-)
+from sdtrain.shards import find_faults, gather_manifests, sha256_file, write_manifest
+from sdtrain.tars import index_tar, read_metadata, write_index
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from sdtrain import config as cf
 from sdtrain import schema
-from sdtrain.shards import ShardError, ShardWriter, index_tar, sha256_file, write_manifest
+from sdtrain.shards import read_part, sha256_file, write_manifest
+from sdtrain.tars import ShardError, ShardWriter, index_tar
 
 CONTENT = "image_size resize_mode samples_per_shard encode_quality encode_format skip_reencode min_image_size".split()
 CONTENT += ["max_aspect_ratio", "columns", "disallowed_header_directives", "options"]  # what decides the bytes
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
     config, own = cf.command_line(argv, schema.ShardsConfig, __doc__, selection=None, part="0", parts="1", output=None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `download` ends its child
     try:
-        manifest = build(config, own["selection"], *check_part(own["part"], own["parts"]), own["output"])
+        manifest = build(config, own["selection"], *read_part(own["part"], own["parts"]), own["output"])
     except (cf.ConfigError, ShardError, BuildError) as error:
         raise SystemExit(f"error: {error}") from None
     size = f"{len(manifest['shards'])} shards, {manifest['samples']:,} samples, {manifest['bytes'] / 1e6:.1f} MB"
@@ -111,15 +112,6 @@ def build(config: DictConfig, selection: str, part: int, parts: int, output: str
 
 
 # ---------------------------------------------------------------- the part's rows
-def check_part(part: str, parts: str) -> tuple[int, int]:
-    """Both as numbers. Raises ConfigError unless 0 <= part < parts."""
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise cf.ConfigError(
-            f"part={part} parts={parts}: a part from 0 to parts - 1 is expected, such as part=0 parts=4"
-        )
-    return int(part), int(parts)
-
-
 def list_columns(config: DictConfig) -> list[str]:
     """The columns of the selection that img2dataset reads, each once."""
     more = [config.options.get("bbox_col"), *(config.options.get("verify_hash") or [])[:1]]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sdtrain import config as cf
-from sdtrain import dist, evaluation, features, loader, shards
+from sdtrain import dist, evaluation, features, loader, tars
 
 
 def main(argv: list[str]) -> None:
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     _, own = cf.command_line(argv, None, __doc__, **dict.fromkeys(keys), resolution="128")
     try:
         fit(own)
-    except (shards.ShardError, loader.DataError, features.FeatureError, evaluation.EvaluationError) as error:
+    except (tars.ShardError, loader.DataError, features.FeatureError, evaluation.EvaluationError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from sdtrain import config as cf
-from sdtrain.shards import ShardError, gather_manifests, read_part
+from sdtrain.shards import gather_manifests, read_part
+from sdtrain.tars import ShardError
 
 
 def main(argv: list[str]) -> None:

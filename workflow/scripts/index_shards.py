@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from sdtrain import config as cf
 from sdtrain import schema
-from sdtrain.shards import ShardError, find_shards, move_rows, read_part, write_manifest, write_rows
+from sdtrain.shards import find_shards, move_rows, read_part, write_manifest, write_rows
+from sdtrain.tars import ShardError
 
 
 def main(argv: list[str]) -> None:

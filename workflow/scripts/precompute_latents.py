@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdtrain import config, dist, images, models, schema, shards, storage
+from sdtrain import config, dist, images, models, schema, shards, storage, tars
 
 CROP, NOISE = 0, 1  # uses of a sample's randomness: each a function of (seed, use, shard, sample) and of nothing else
 LOOKED_AT = (8, 128)  # shards, and samples of each, whose mean and deviation are measured
@@ -42,7 +42,7 @@ class Job:
     """Samples of one shard that are encoded together, each with its number there, and what its shard lacks."""
 
     shard: int
-    samples: list[tuple[int, shards.Sample]]
+    samples: list[tuple[int, tars.Sample]]
     dropped: Counter
 
 
@@ -64,16 +64,14 @@ def jobs(source: dict, numbers: list[int], batch_size: int, captions: bool, cach
     for number in numbers:
         row, kept, dropped = source["shards"][number], [], Counter()
         path = row["path"] if storage.is_local(row["path"]) else storage.fetch(row["path"], cache)
-        index = shards.read_index(row["index_path"], path, columns=()) if row["index_path"] else shards.index_tar(path)
+        index = tars.read_index(row["index_path"], path, columns=()) if row["index_path"] else tars.index_tar(path)
         for i, sample in enumerate(index):
             if not any(e in sample.fields for e in images.IMAGE_EXTENSIONS):
                 dropped["no image"] += 1
             elif captions and "txt" not in sample.fields:
                 if "cls" in sample.fields:
                     remedy = "leave text_encoder= (latents.text_encoder) out"
-                    raise shards.ShardError(
-                        f"{path}: {sample.key} has a class, cls, and no caption to encode; {remedy}"
-                    )
+                    raise tars.ShardError(f"{path}: {sample.key} has a class, cls, and no caption to encode; {remedy}")
                 dropped["no caption"] += 1
             else:
                 kept.append((i, sample))
@@ -200,7 +198,7 @@ def write_shard(folder: Path, number: int, batches: Iterable[Batch], encoder: En
     tar, record = shard_paths(folder, number)
     samples, dropped = 0, Counter()
     with tempfile.TemporaryDirectory(prefix=f".{tar.stem}-", dir=folder) as aside:
-        with shards.ShardWriter(aside, samples_per_shard=sys.maxsize) as writer:
+        with tars.ShardWriter(aside, samples_per_shard=sys.maxsize) as writer:
             for batch in batches:
                 for key, members in encoder.samples(batch):
                     writer.add(key, members)
@@ -222,12 +220,12 @@ def _one_thread(worker: int) -> None:
 
 
 # ---------------------------------------------------------------- checks
-def measure(tars: list[Path]) -> dict[str, float]:
+def measure(made: list[Path]) -> dict[str, float]:
     """Mean and standard deviation of latents of some shards; with moments, of one draw of each."""
     rng, values = torch.Generator().manual_seed(0), []
     count, samples = LOOKED_AT
-    for tar in tars[:: math.ceil(len(tars) / count)]:
-        for sample in shards.index_tar(tar)[:samples]:
+    for tar in made[:: math.ceil(len(made) / count)]:
+        for sample in tars.index_tar(tar)[:samples]:
             values.append(draw(load(sample.read("latent")), rng))
     values = torch.stack(values).double()
     return {"mean": round(values.mean().item(), 4), "std": round(values.std().item(), 4)}
@@ -243,7 +241,7 @@ def draw(tensors: dict[str, torch.Tensor], rng: torch.Generator) -> torch.Tensor
 
 def compare(tar: Path, pixels: torch.Tensor, encoder: Encoder, output: Path) -> float:
     """Decode the first latents of a tar; the image and what came of it go side by side to `output`. PSNR in dB."""
-    latents = draw(load(shards.index_tar(tar)[0].read("latent")), torch.Generator().manual_seed(0))
+    latents = draw(load(tars.index_tar(tar)[0].read("latent")), torch.Generator().manual_seed(0))
     decoded = models.decode_latents(encoder.vae, latents[None].to(encoder.device))[0].cpu()
     both = (torch.cat([pixels, decoded], dim=2) + 1) * 127.5
     png = io.BytesIO()
@@ -320,17 +318,17 @@ def finish(source: dict, manifest: str, folder: Path, dataset: Images, encoder: 
     samples = sum(r["samples"] for r in records.values())
     dropped = sum((Counter(r["dropped"]) for r in records.values()), Counter())
     if not samples:
-        raise shards.ShardError(f"{manifest}: not one image could be encoded ({dict(dropped)}); see the lines above")
+        raise tars.ShardError(f"{manifest}: not one image could be encoded ({dict(dropped)}); see the lines above")
     if samples + dropped.total() != source["samples"]:
         found = f"{samples:,} samples and {dropped.total():,} dropped, {source['samples']:,} expected"
-        raise shards.ShardError(f"{manifest}: {found}; its shards are not those it was written for: verify it")
+        raise tars.ShardError(f"{manifest}: {found}; its shards are not those it was written for: verify it")
     full = [n for n, record in records.items() if record["samples"]]
-    tars = [shard_paths(folder, n)[0] for n in full]
+    made = [shard_paths(folder, n)[0] for n in full]
     work = jobs(source, full[:1], 1, encoder.text is not None, folder / ".fetched")
     first = next(batch for batch in map(dataset.__getitem__, work) if batch.keys)
-    checks = {"samples": samples, "dropped": dropped.total(), **measure(tars)}
+    checks = {"samples": samples, "dropped": dropped.total(), **measure(made)}
     picture = output.with_name("check.png")
-    checks["psnr"] = compare(tars[0], first.tensors["pixels"][0], encoder, picture)
+    checks["psnr"] = compare(made[0], first.tensors["pixels"][0], encoder, picture)
     checks["warnings"] = warnings_of(checks)
     more = {"checks": checks}
     if encoder.text:
@@ -340,7 +338,7 @@ def finish(source: dict, manifest: str, folder: Path, dataset: Images, encoder: 
     asides = (f.parent.glob(f".{f.name}.*.tmp") for f in (output, picture))
     for left in itertools.chain(folder.glob(".*"), *asides):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return shards.write_manifest(output, "latents", tars, dict(sorted(dropped.items())), made_by, **more)
+    return shards.write_manifest(output, "latents", made, dict(sorted(dropped.items())), made_by, **more)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -356,7 +354,7 @@ def main(argv: list[str]) -> None:
     settings, own = config.command_line(argv, schema.LatentsConfig, __doc__, **keys)
     here, output = dist.world(), Path(own["output"])
     component = f"resources/components/{settings.text_encoder}" if settings.text_encoder else None
-    expected = (config.ConfigError, models.ModelError, shards.ShardError, storage.StorageError)
+    expected = (config.ConfigError, models.ModelError, tars.ShardError, storage.StorageError)
     try:
         if not own["resolution"].isdigit():
             raise config.ConfigError(f"resolution={own['resolution']}: a number of pixels is expected")

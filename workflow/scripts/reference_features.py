@@ -9,14 +9,14 @@ import json
 import sys
 
 from sdtrain import config as cf
-from sdtrain import dist, evaluation, features, loader, predicates, schema, shards
+from sdtrain import dist, evaluation, features, loader, predicates, schema, tars
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("train_manifest", "held_out_manifest", "resolution", "features", "filters_from", "output")
     config, own = cf.command_line(argv, schema.EvaluationConfig, __doc__, **dict.fromkeys(keys))
-    expected = (cf.ConfigError, predicates.PredicateError, shards.ShardError, loader.DataError)
+    expected = (cf.ConfigError, predicates.PredicateError, tars.ShardError, loader.DataError)
     try:
         measure(config, own)
     except (*expected, features.FeatureError, evaluation.EvaluationError) as error:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtrain import config as cf
-from sdtrain import evaluation, images, schema, shards, tables
+from sdtrain import evaluation, images, schema, shards, tables, tars
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report" / "report.html"
 TILE = 256  # pixels a side at most, of an image in the report
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         rows = [read_row(folder, name) for name in own["rows"].split(",")]
         metrics = summary(own["run"], folder, rows)
         page = render(metrics, folder, rows, Path(own["data"]) if own["data"] else None)
-    except (cf.ConfigError, evaluation.EvaluationError, shards.ShardError, OSError) as error:
+    except (cf.ConfigError, evaluation.EvaluationError, tars.ShardError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     text = f"{terminal_table(metrics['rows'])}\n\n{own['html']}\n"
     cf.write_text(own["html"], page)
@@ -241,7 +241,7 @@ def real_images(data: Path, captions: set[str], resolution: int) -> dict[str, st
     for split in ("train", "held_out"):
         manifest = data / split / "shards" / "manifest.json"
         paths = [row["path"] for row in shards.read_manifest(manifest)["shards"]] if manifest.exists() else []
-        for sample in (sample for path in paths[:SEARCHED] for sample in shards.index_tar(path)):
+        for sample in (sample for path in paths[:SEARCHED] for sample in tars.index_tar(path)):
             caption = sample.read("txt").decode("utf-8", "replace").strip() if "txt" in sample.fields else None
             extension = next((e for e in images.IMAGE_EXTENSIONS if e in sample.fields), None)
             if caption in captions and not found.get(caption) and extension:

@@ -17,23 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 from sdtrain import config as cf
 from sdtrain import schema, storage
 from sdtrain.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
-from sdtrain.shards import (
+from sdtrain.shards import THREADS, describe_shard, find_shards, locked, progress, read_part, write_manifest
+from sdtrain.tars import (
     END,
     INDEX,
-    THREADS,
     ShardError,
     ShardIndex,
-    describe_shard,
-    find_shards,
     from_json_column,
     index_tar,
     join_indices,
-    locked,
-    progress,
     read_index,
     read_metadata,
-    read_part,
-    write_manifest,
 )
 
 BUFFER = 1 << 20  # bytes copied at once

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtrain import checkpoint, config, dist, loader, models, sampling, schema, shards
+from sdtrain import checkpoint, config, dist, loader, models, sampling, schema, tars
 
 
 def captions_of(dataset: loader.PositionDataset, count: int) -> list[str]:
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     try:
         stage = config.require(config.load(schema.StageConfig, own["stage"]), own["stage"])
         record = sample(settings, stage, config.read_json(own["trained"]), own["held_out"], Path(own["output"]))
-    except (config.ConfigError, shards.ShardError, loader.DataError, models.ModelError, OSError) as error:
+    except (config.ConfigError, tars.ShardError, loader.DataError, models.ModelError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     config.write_json(own["output"], record)
     print(f"{own['output']}: {record['images']} images, grids {', '.join(g['image'] for g in record['grids'])}")

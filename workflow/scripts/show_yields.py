@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
         result = cf.read_json(own["yields"])
     except cf.ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    train, held_out = (count_shards(result[side], size, parts) for side in ("train", "held_out"))
+    train, held_out = count_shards(result["train"], size, parts), count_shards(result["held_out"], size, 1)
     print(show(result))
     several = f" in {parts} parts" if parts > 1 else ""
     print(f"shards of {size:,}{several}: train {train:,}, held out {held_out:,}")

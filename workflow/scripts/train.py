@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sdtrain import checkpoint, config, dist, loader, models, objective, sampling, schema, shards
+from sdtrain import checkpoint, config, dist, loader, models, objective, sampling, schema, shards, tars
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry, start_wandb
 
@@ -276,7 +276,7 @@ def sample_captions(cfg, pipeline: Path, output: Path, device) -> None:
 
 def main(argv: list[str]) -> None:
     cfg, _ = config.command_line(argv, schema.StageConfig, __doc__)
-    expected = (dist.DistError, models.ModelError, loader.DataError, shards.ShardError, checkpoint.CheckpointError)
+    expected = (dist.DistError, models.ModelError, loader.DataError, tars.ShardError, checkpoint.CheckpointError)
     d = cfg.distributed
     try:
         here, device = dist.start(cfg.system.dist_backend, cfg.system.dist_url, d.timeout_minutes)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 
-from sdtrain import checkpoint, config, dist, loader, models, schema, shards
+from sdtrain import checkpoint, config, dist, loader, models, schema, shards, tars
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry
 
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
     try:
         with checkpoint.lock(output.with_suffix("") / "checkpoints"):
             train(settings, own["train"], own["held_out"], output)
-    except (shards.ShardError, loader.DataError, models.ModelError, checkpoint.CheckpointError) as error:
+    except (tars.ShardError, loader.DataError, models.ModelError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

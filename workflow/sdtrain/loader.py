@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtrain import images
 from sdtrain.config import TABLE_DATASETS
-from sdtrain.shards import ShardError, read_manifest
+from sdtrain.shards import read_manifest
 from sdtrain.sources import DataError, Sample, Source, TableSource, TarSource
+from sdtrain.tars import ShardError
 
 IMAGE = images.IMAGE_EXTENSIONS
 TABLE_COLUMNS = {"image": (*IMAGE, "image", "image_path", "path", "url"), "caption": ("txt", "caption", "text")}

@@ -112,7 +112,7 @@ class Plan:
 
     # ------------------------------------------------------------ data
     def parts(self, wildcards: Any) -> list[str]:
-        """The manifests of the parts of one side of a dataset; few images are held out, but resharding reads them all."""
+        """The manifests of the parts of a split; the few images held out need one, unless resharding looks for them."""
         data = self.load_data(wildcards.dataset)
         way = cf.way_in(data)
         parts = data.shards.parts if wildcards.split == "train" or way == "resharded" else 1

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain import predicates, storage, tables
-from sdtrain.shards import INDEX, THREADS, ShardError, ShardIndex, describe_shard, read_index, read_manifest
+from sdtrain.shards import THREADS, describe_shard, read_manifest
+from sdtrain.tars import INDEX, ShardError, ShardIndex, read_index
 
 BLOCK_ROWS = 10_000  # rows of a CSV file that make a shard
 MAX_BYTES = 100 << 20  # of an image file that a table points to

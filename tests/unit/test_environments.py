@@ -99,7 +99,7 @@ def test_conda_environment_has_the_pins_of_the_locks(name):
 
 
 def test_conda_environments_together_have_every_direct_dependency():
-    tools = {"hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "snakefmt"}
+    tools = {"hypothesis", "moto", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "snakefmt"}
     anywhere = conda_pins("workflow") | conda_pins("train") | conda_pins("data")
     assert set(direct_pins()) - tools <= set(anywhere)
     assert set(pins(REQUIREMENTS / "img2dataset.in")) <= set(conda_pins("data"))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import make_sample, write_tar
 
-from sdtrain import predicates, shards, tars
+from sdtrain import predicates, tars
 from sdtrain.tars import ShardError, ShardWriter, index_tar, read_index, read_metadata, write_index
 
 SAMPLES = [make_sample(n) for n in range(5)]
@@ -186,7 +186,7 @@ def test_usual_tars_take_the_fast_way(tmp_path, monkeypatch, form):
     def slow(*_):
         raise AssertionError("tarfile was asked")
 
-    monkeypatch.setattr(shards, "_scan_with_tarfile", slow)
+    monkeypatch.setattr(tars, "_scan_with_tarfile", slow)
     members = [
         ("a/1.jpg", 9, 1.5, False),
         ("a", 0, 0, True),
@@ -308,7 +308,7 @@ def test_no_index_and_a_damaged_one_are_named(tmp_path):
 
 def _table() -> bytes:
     file = io.BytesIO()
-    pq.write_table(shards.pa.table({"key": ["a"]}), file)
+    pq.write_table(tars.pa.table({"key": ["a"]}), file)
     return file.getvalue()
 
 

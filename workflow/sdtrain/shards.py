@@ -226,8 +226,9 @@ def _load_manifest(path: str | Path) -> dict:
         raise ShardError(f"{path}: not a shard manifest; delete it and make it again") from None
     folder = os.path.dirname(path)
     for row in rows:
-        row["path"] = os.path.join(folder, row["name"]) if storage.is_local(row["name"]) else row["name"]
-        row["index_path"] = os.path.join(folder, row["index"]) if row.get("index") else None
+        local = storage.is_local(row["name"])
+        row["path"] = os.path.normpath(os.path.join(folder, row["name"])) if local else row["name"]
+        row["index_path"] = os.path.normpath(os.path.join(folder, row["index"])) if row.get("index") else None
     return manifest
 
 

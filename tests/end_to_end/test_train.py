@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pyarrow import csv
 from safetensors.torch import load_file
 from samples import load_script, write_tar
 from trainings import SCRIPTS, TORCHRUN, environment, kill_all
@@ -532,3 +533,41 @@ def test_a_second_trainer_in_one_folder_is_refused(by_milestones, train, frozen_
         result = train(by_milestones, f"config={frozen_yaml}", "experiment.stop_at=16")
     refused(result, str(RUN), "another process is training here")
     assert sorted(by_milestones.rglob("*")) == before
+
+
+def test_other_data_are_trained_on_anew(tmp_path, train, stage_yaml, image_shards):
+    def run(shard: str) -> str:
+        short = ("experiment.num_examples_to_see=4", "experiment.milestones=[]")
+        result = train(tmp_path, f"config={stage_yaml}", f"dataset.params.path={image_shards}/{shard}", *short)
+        assert result.codes == [0], result.text
+        return result.text
+
+    assert "finished already" not in run("00000.tar") and "finished already" in run("00000.tar")
+    assert "finished already" not in run("00002.tar")
+    assert json.loads((tmp_path / "logs/tiny/stage1/4/train.json").read_text())["samples"] == 19
+
+
+@pytest.mark.parametrize("kind", ["CSVDataset", "ParquetDataset"])
+def test_images_in_tables_are_trained_on(tmp_path, train, stage_yaml, image_shards, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "images").mkdir()
+    rows = {"image": [], "caption": [], "width": []}
+    for number, sample in enumerate(tars.index_tar(image_shards / "00000.tar")):
+        (tmp_path / f"images/{number}.jpg").write_bytes(sample.read("jpg"))
+        rows["image"].append(f"images/{number}.jpg" if kind == "CSVDataset" else sample.read("jpg"))
+        rows["caption"].append(sample.read("txt").decode())
+        rows["width"].append(number)
+    table = tmp_path / ("table.csv" if kind == "CSVDataset" else "table.parquet")
+    (csv.write_csv if kind == "CSVDataset" else pq.write_table)(pa.table(rows), table)
+    arguments = [f"dataset.type={kind}", f"dataset.params.path={table}", "dataset.params.filters={width: '<10'}"]
+    arguments += [
+        "experiment.num_examples_to_see=8",
+        "experiment.milestones=[]",
+        f"dataset.params.cache={tmp_path}/cache",
+    ]
+    result = train(tmp_path, f"config={stage_yaml}", *arguments, ranks=2)
+    assert result.codes == [0, 0], result.text
+    record = json.loads((tmp_path / "logs/tiny/stage1/8/train.json").read_text())
+    assert record["samples"] == 10 and record["dropped"] == {"filters": 7}

@@ -204,3 +204,10 @@ def test_a_manifest_of_a_broken_tar_is_not_written(tmp_path, tar):
 def test_sums_are_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert shards.sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_manifest_far_away_is_refused_with_a_remedy():
+    with pytest.raises(
+        ShardError, match="s3://bucket/manifest.json: a manifest is read from a local path; copy it here"
+    ):
+        read_manifest("s3://bucket/manifest.json")

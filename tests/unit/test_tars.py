@@ -146,11 +146,29 @@ def by_tarfile(path):
             if member.isfile():
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
+                if not stem:
+                    continue
                 key = f"{folder}/{stem}" if folder else stem
                 if not samples or samples[-1][0] != key:
                     samples.append((key, {}))
                 samples[-1][1][extension.lower()] = (member.offset_data, member.size)
     return samples
+
+
+def test_what_macos_hides_between_the_members_is_passed_over(tmp_path):
+    members = [
+        (name, {ext: data}) for key, fields in SAMPLES for ext, data in fields.items() for name in (f"._{key}", key)
+    ]
+    hidden = index_tar(write_tar(tmp_path / "mac.tar", members))
+    assert [(s.key, {e: s.read(e) for e in s.fields}) for s in hidden] == SAMPLES
+
+
+def test_keys_of_any_length_are_written(tmp_path):
+    keys = ["a" * 120, "b/" * 90 + "c", "übung"]
+    with ShardWriter(tmp_path, 10) as writer:
+        for key in keys:
+            writer.add(key, {"txt": key.encode()})
+    assert [(s.key, s.read("txt").decode()) for s in index_tar(writer.paths[0])] == [(key, key) for key in keys]
 
 
 @given(members=MEMBERS, form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))

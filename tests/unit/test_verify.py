@@ -121,3 +121,23 @@ def test_remote_shards_are_read_to_the_end(s3, folder, tmp_path):
     s3.client.delete_object(Bucket="tests", Key="verify/0.tar")
     (fault,) = find_faults(tmp_path / "manifest.json")
     assert fault.startswith(f"{place}: nothing is there")
+
+
+def test_the_fingerprint_and_the_empty_caption_are_checked(folder):
+    manifest, empty = folder / "latents.json", folder / "empty.safetensors"
+    empty.write_bytes(b"states")
+    write_manifest(manifest, "latents", sorted(folder.glob("*.tar")), {}, {"a": 1}, empty_text=empty.name)
+    assert find_faults(manifest) == []
+    empty.write_bytes(b"others")
+    (fault,) = find_faults(manifest)
+    assert fault.startswith(f"{empty}: sha256 differs")
+    empty.unlink()
+    content = json.loads(manifest.read_text()) | {"made_by": {"a": 2}}
+    manifest.write_text(json.dumps(content))
+    assert [
+        "empty.safetensors: states of the empty" in f or "its fingerprint does not fit" in f
+        for f in find_faults(manifest)
+    ] == [
+        True,
+        True,
+    ]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sdtrain import checkpoint, config, dist, loader, models, objective, sampling, schema, shards, tars
+from sdtrain import checkpoint, config, dist, loader, models, objective, sampling, schema, shards, storage, tars
 from sdtrain.ema import Ema
 from sdtrain.telemetry import Telemetry, start_wandb
 
@@ -60,11 +60,21 @@ def source_fingerprints(cfg) -> dict[str, str]:
     """What the inputs' own records say they are: they decide the weights as the configuration does."""
     records = {part: cfg.model[part].pretrained or cfg.model.pretrained for part in (*models.PARTS, "unet")}
     found = {part: config.record_fingerprint(f"{source}.json") for part, source in records.items() if source}
-    if cfg.dataset.params.path.endswith(".json"):
-        found["dataset"] = shards.read_manifest(cfg.dataset.params.path)["fingerprint"]
+    found["dataset"] = data_fingerprint(cfg.dataset.params.path)
     if cfg.init:
         found["init"] = config.record_fingerprint(Path(cfg.init).parent / "train.json")
     return {k: v for k, v in found.items() if v}
+
+
+def data_fingerprint(path: str) -> str:
+    """What a manifest says it is; of shards or tables without one, which files they are and how large."""
+    if path.endswith(".json"):
+        return shards.read_manifest(path)["fingerprint"]
+    try:
+        addresses = storage.expand(path)
+    except storage.StorageError as error:
+        raise loader.DataError(f"dataset.params.path: {error}") from None
+    return config.fingerprint([(a, os.path.getsize(a) if os.path.isfile(a) else None) for a in addresses])
 
 
 def check_latents(cfg, sources: dict[str, str]) -> None:

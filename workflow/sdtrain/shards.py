@@ -77,6 +77,8 @@ def write_manifest(
         {"name": name, **fact, "index": os.path.relpath(index, folder), "index_sha256": sha256_file(index)}
         for (name, _, index), fact in zip(places, facts, strict=True)
     ]
+    if more.get("empty_text"):
+        more["empty_text_sha256"] = sha256_file(folder / more["empty_text"])
     return write_rows(path, kind, rows, dropped, made_by, more)
 
 
@@ -215,6 +217,10 @@ def read_manifest(path: str | Path, full: bool = False) -> dict:
 
 
 def _load_manifest(path: str | Path) -> dict:
+    if not storage.is_local(str(path)):
+        raise ShardError(
+            f"{path}: a manifest is read from a local path; copy it here, its shards may stay where they are"
+        )
     try:
         manifest = json.loads(Path(path).read_text())
         rows = manifest["shards"]
@@ -266,12 +272,25 @@ def find_faults(path: str | Path) -> list[str]:
     except ShardError as error:
         return [str(error)]
     rows = manifest["shards"]
-    faults = []
+    faults = list(_empty_text_faults(manifest, path))
+    if manifest.get("fingerprint") != fingerprint(manifest.get("made_by"), [row["sha256"] for row in rows]):
+        faults.append(f"{path}: its fingerprint does not fit what it says; {_remedy({}, path)}")
     for key in ("samples", "bytes"):
         if manifest.get(key) != (total := sum(row[key] for row in rows)):
             faults.append(f"{path}: {key} is {manifest.get(key)}, but its shards have {total}; {_remedy({}, path)}")
     found = in_threads(lambda row: list(_shard_faults(row, path)), rows, "verify")
     return faults + list(itertools.chain.from_iterable(found)) + list(_foreign_shards(rows, path))
+
+
+def _empty_text_faults(manifest: dict, path: str | Path) -> Iterator[str]:
+    """What is wrong with the states of the empty caption, where latents have some."""
+    if not manifest.get("empty_text"):
+        return
+    file = Path(path).parent / manifest["empty_text"]
+    if not file.is_file():
+        yield f"{file}: states of the empty caption are missing, though {path} names them; {_remedy({}, path)}"
+    elif sha256_file(file) != manifest.get("empty_text_sha256"):
+        yield f"{file}: sha256 differs from the one in {path}; {_remedy({}, path, file)}"
 
 
 def _shard_faults(row: dict, manifest: str | Path) -> Iterator[str]:

@@ -192,6 +192,8 @@ def _group(shard: str, members: Iterable[Member]) -> ShardIndex:
     for name, begin, offset, size in members:
         folder, slash, name = name.rpartition("/")
         stem, _, extension = name.partition(".")
+        if not stem:  # hidden: macOS puts a ._000.jpg before each 000.jpg
+            continue
         key = folder + slash + stem if folder else stem
         if not keys or keys[-1] != key:
             keys.append(key)
@@ -363,7 +365,7 @@ class ShardWriter:
     def add(self, key: str, fields: dict[str, bytes]) -> None:
         """Append one sample; a full shard is closed and renamed to its final name."""
         if self._tar is None:
-            self._tar = tarfile.open(self._aside(), "w", format=tarfile.USTAR_FORMAT)
+            self._tar = tarfile.open(self._aside(), "w", format=tarfile.PAX_FORMAT)
         for extension, data in fields.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size, info.mode = len(data), 0o644

@@ -151,6 +151,12 @@ def test_urls_in_braces_are_all_downloaded(fetch_here, server):
     assert table["caption"].to_pylist() == ["a", "b", "b"]
 
 
+def test_urls_in_braces_with_one_file_name_are_different_files(fetch_here, server):
+    server.routes |= {"/a/t.parquet": parquet(ROWS.slice(0, 1)), "/b/t.parquet": parquet(ROWS.slice(1))}
+    table, _ = fetch_here({"path": f"{server.url}/{{a,b}}/t.parquet", "columns": COLUMNS})
+    assert table["caption"].to_pylist() == ["a", "b"] and server.asked == ["/a/t.parquet", "/b/t.parquet"]
+
+
 def test_a_download_that_is_cut_off_is_an_error_and_then_made_again(fetch_here, server):
     server.routes["/t.parquet"], server.cut_after = parquet(), 100
     config = {"path": f"{server.url}/t.parquet", "columns": COLUMNS}

@@ -87,6 +87,9 @@ def test_what_cannot_be_adopted_is_named(tmp_path, tars):
     assert "9.tar: shard is missing" in refused(tmp_path, f"{tmp_path}/a/{{0,9}}.tar")
     assert f"names {tars[0]} more than once" in refused(tmp_path, f"{tmp_path}/a/{{0,0}}.tar")
     assert "part=2 parts=2: a part from 0 to parts - 1" in refused(tmp_path, tars[0], "part=2", "parts=2")
+    message = refused(tmp_path, tars[0], select={"rows": 5})
+    assert "select.rows: is for tables only" in message
+    assert "select.deduplicate: is for tables only" in refused(tmp_path, tars[0], select={"deduplicate": "url"})
     tars[1].write_bytes(tars[1].read_bytes()[:700])
     assert "1.tar: not a whole tar" in refused(tmp_path, f"{tmp_path}/a/*.tar")
     assert "the command ended with 3" in refused(tmp_path, "pipe:exit 3")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from samples import draw, jpeg, make_sample, write_tar
 
-from sdtrain import config, images, loader, schema, shards
+from sdtrain import config, images, loader, schema, shards, sources
 from sdtrain.loader import DataError, Order
 
 
@@ -267,6 +267,36 @@ def test_not_one_image_is_one_message(tmp_path):
         keys(spoiled(tmp_path, {0, 1, 2}, count=3), 1, batch_size=2)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_cannot_be_read_ends_the_training(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(sources, "WAITS", (0, 0))
+    tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(8)])
+    for path in (str(tar), f"pipe:echo x >> {tmp_path}/log; cat {tar}"):
+        dataset = loader.ImageDataset(path, 16, cache=str(tmp_path / "c"))
+        for copy in tmp_path.glob("c/*/passing/*"):
+            copy.unlink()
+        tar.rename(tmp_path / "away")
+        with pytest.raises(DataError, match=r"a\.tar: .*; once that is right, start again"):
+            keys(dataset, 1, batch_size=1, workers=workers)
+        (tmp_path / "away").rename(tar)
+        assert not dataset.lost
+    assert (tmp_path / "log").read_text().count("x") >= 1 + 3  # with two more tries
+
+
+def test_incomplete_samples_above_the_threshold_are_refused(tmp_path):
+    samples = [make_sample(n) for n in range(40)]
+    for _, fields in samples[:12]:
+        del fields["txt"]
+    path = str(write_tar(tmp_path / "a.tar", samples))
+    dataset = loader.ImageDataset(path, 16, cache=str(tmp_path / "c"))
+    with pytest.raises(DataError, match=r"12 of 40 samples are incomplete .*'no txt': 12.*dataset\.params\.max_lost"):
+        dataset.require_complete(0.1)
+    dataset.require_complete(0.3)
+    whole = str(write_tar(tmp_path / "b.tar", [make_sample(n) for n in range(40)]))
+    filtered = loader.ImageDataset(whole, 16, filters={"pwatermark": "<=0.1"}, cache=str(tmp_path / "c"))
+    filtered.require_complete(0.1)  # what filters drop is no loss
+
+
 # ---------------------------------------------------------------- classes
 def classes(folder, prompts, workers=0):
     samples = [(f"{n}", {"jpg": jpeg(draw(n)[0]), "cls": str(n % 3).encode()}) for n in range(6)]
@@ -326,6 +356,16 @@ def test_latents_are_read_and_broken_ones_skipped(tmp_path):
     assert batch["latents"][:, 0, 0, 0].tolist() == [float(key) for key in batch["key"]]
     assert batch["caption"] == [f"caption {key}" for key in batch["key"]] and not {"3", "4"} & set(batch["key"])
     assert dataset.lost == {"unreadable latent": 2} and dataset.empty_text is None
+
+
+def test_latents_of_classes_have_prompts(tmp_path):
+    (tmp_path / "prompts.json").write_text('["cat", "dog"]')
+    latent = save({"latents": torch.zeros(4, 8, 8)})
+    tar = write_tar(tmp_path / "a.tar", [(f"{n}", {"latent": latent, "cls": str(n).encode()}) for n in range(2)])
+    params = {"path": str(tar), "idx_to_prompt": str(tmp_path / "prompts.json"), "cache": str(tmp_path / "c")}
+    cfg = config.load(schema.DatasetConfig, values={"type": "LatentDataset", "params": params})
+    batch = next(loader.batches(loader.open_dataset(cfg, 0), 2))
+    assert batch["caption"] == [["cat", "dog"][int(key)] for key in batch["key"]]
 
 
 def test_latents_of_moments_are_drawn_anew_at_each_position(tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,17 @@ def test_only_a_missing_shard_is_made_again_with_the_same_bytes(source, tiny_par
     assert run(tmp_path, source, tiny_parts / "vae") == first == json.loads((tmp_path / "manifest.json").read_text())
     assert [tar.stat().st_mtime_ns == t for tar, t in zip(tars, times, strict=True)] == [True, False, True]
     assert not list(tars[0].parent.glob(".*"))
+
+
+def test_several_may_tidy_up_at_the_same_time(tmp_path):
+    for _ in range(10):
+        (copies := tmp_path / ".fetched-1").mkdir()
+        (tmp_path / ".file.tmp").touch()
+        for number in range(200):
+            (copies / str(number)).touch()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(script.remove, [list(tmp_path.iterdir())] * 4))
+        assert not list(tmp_path.iterdir())
 
 
 def test_what_decides_the_content_decides_the_folder(source, tiny_parts, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from samples import ROOT, load_script, make_sample, run_script, write_tar
 
 from sdtrain.shards import describe_shard, find_faults, gather_manifests, read_manifest, write_manifest
-from sdtrain.tars import index_tar, read_index
+from sdtrain.tars import index_tar, read_index, write_index
 
 SCRIPT = load_script("reshard")
 SIZES = (7, 1, 0, 12, 5)
@@ -197,6 +198,41 @@ def test_shards_of_a_manifest_are_filtered_by_its_indices(tmp_path, source):
     assert "no readable index of" in refused(tmp_path, tmp_path / "in/manifest.json")
 
 
+def numbered(path, numbers):
+    """A tar whose size tells nothing of the numbers in it."""
+    fields = [{"bin": b"%03d" % n, "json": json.dumps({"n": n % 10}).encode()} for n in numbers]
+    return write_tar(path, [(f"{n:05d}", f) for n, f in zip(numbers, fields, strict=True)])
+
+
+@pytest.mark.parametrize("how", ["written", "renamed", "copied"])
+def test_a_shard_that_was_replaced_by_one_of_equal_size_is_indexed_anew(tmp_path, how):
+    shard = numbered(tmp_path / "0.tar", range(10, 30))
+    manifest = tmp_path / "manifest.json"
+    write_manifest(manifest, "images", [shard], {}, {})
+    old = shard.stat()
+    if how == "written":
+        numbered(shard, range(39, 19, -1))
+    else:  # with the times of the old one, as rsync and cp -p keep them
+        other = numbered(tmp_path / "other", range(39, 19, -1))
+        os.utime(other, ns=(old.st_atime_ns, old.st_mtime_ns))
+        os.replace(other, shard) if how == "renamed" else shutil.copy2(other, shard)
+        assert shard.stat().st_mtime_ns == old.st_mtime_ns
+    assert shard.stat().st_size == old.st_size
+    kept = contents(paths(reshard(tmp_path, manifest, filters={"n": "==3"})))
+    assert [(key, fields["bin"]) for key, fields in kept] == [("00033", b"033"), ("00023", b"023")]
+
+
+def test_a_shard_as_old_as_its_index_is_not_read_for_it(tmp_path):
+    shard = numbered(tmp_path / "0.tar", range(10, 30))
+    write_manifest(tmp_path / "manifest.json", "images", [shard], {}, {})
+    (row,) = read_manifest(tmp_path / "manifest.json")["shards"]
+    index = read_index(row["index_path"], row["path"])
+    write_index(row["index_path"], index.take(np.arange(5)))  # tells that it is the index that was read
+    assert SCRIPT.read_source(row, row["path"], ["n"]) == index[:5]
+    os.utime(shard)  # a copied or restored folder has new times
+    assert SCRIPT.read_source(row, row["path"], ["n"]) == index
+
+
 def test_the_indices_of_the_result_are_those_of_its_tars(tmp_path, source):
     for row in reshard(tmp_path, f"{source}/*.tar")["shards"]:
         index = read_index(row["index_path"], row["path"])
@@ -257,6 +293,20 @@ def test_a_key_that_no_sample_of_a_shard_has_counts_as_null(tmp_path):
     assert [key for key, _ in contents(paths(manifest))] == ["a"] and manifest["yields"][0]["null"] == 2
     manifest = reshard(tmp_path, f"{tmp_path}/*.tar", filters={"w": None})
     assert [key for key, _ in contents(paths(manifest))] == ["b", "c"]
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_a_held_out_column_that_no_sample_has_is_refused(tmp_path, source, split):
+    select = {"held_out": {"fraction": 0.4}}  # by url, which these have not
+    message = refused(tmp_path, f"{source}/*.tar", f"split={split}", select=select)
+    assert "select.held_out.column: no sample of" in message and "has url" in message
+    assert not list(tmp_path.glob("resharded/*.json"))
+    samples = [(f"{n}", {"json": json.dumps({"url": n} if n else {}).encode()}) for n in range(9)]
+    write_tar(tmp_path / "0.tar", samples)  # a shard that has it is enough
+    manifest = reshard(
+        tmp_path, f"{{{source}/00000.tar,{tmp_path}/0.tar}}", f"split={split}", filters={}, select=select
+    )
+    assert manifest["samples"] + sum(manifest["dropped"].values()) == 16
 
 
 def test_neighbours_of_one_key_are_refused(tmp_path):

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from samples import call_script, kill_script, load_script, run_script
+from samples import call_script, kill_script, load_script, run_script, write_tar
+
+from sdtrain.shards import write_manifest
 
 N = 400
 OUTPUTS = ("train", "held_out", "yields")
@@ -118,6 +120,19 @@ def test_of_rows_with_one_value_the_first_that_passes_is_kept(select, values):
     assert yields["after_filters"] == passed
     assert yields["duplicates"] == {"column": "key", "dropped": passed - len(expected)}
     assert f"duplicates of key dropped: {passed - len(expected)}" in said
+
+
+def test_rows_without_a_url_are_dropped_and_counted(select):
+    urls = [None if i % 5 == 0 else f"https://example.org/{i % 100}.jpg" for i in range(N)]
+    table = rows().set_column(0, "url", pa.array(urls))
+    (train, held_out, yields), said = select({"filters": {"group": "food"}, "held_out": {"fraction": 0.2}}, table, 64)
+    expected = [r for r in table.to_pylist() if r["group"] == "food" and r["url"] is not None]
+    assert train.num_rows + held_out.num_rows == yields["kept"] == len(expected) == 240
+    assert not train["url"].null_count and not held_out["url"].null_count
+    assert (yields["after_filters"], yields["without_url"]) == (300, 60)
+    assert "rows without a url dropped: 60" in said
+    (train, _, yields), _ = select({"deduplicate": "url", "rows": 10**6}, table)
+    assert yields["without_url"] == 80 and yields["duplicates"]["dropped"] == 240 and train.num_rows == 80
 
 
 def test_rows_are_chosen_at_random_by_the_seed_alone(select):
@@ -261,6 +276,19 @@ def test_yields_are_shown_with_download_and_shards(select, tmp_path):
     train, held_out = yields["train"], yields["held_out"]
     assert train > 300 and 0 < held_out < 100  # so that each part has more than one shard
     assert "shards of 100 in 3 parts: train 6, held out 1" in done.stdout
+
+
+@pytest.mark.parametrize("more", [{}, {"yields": [{"column": "w", "predicate": ">= 1"}]}])
+def test_the_yields_of_shards_that_existed_are_those_of_their_manifest(tmp_path, capsys, more):
+    counts = {"null": 2, "alone_kept": 30, "kept": 20}
+    yields = {"yields": [row | counts for row in more["yields"]]} if more else {}
+    write_tar(tmp_path / "0.tar", [("a", {"txt": b"x"})])
+    write_manifest(tmp_path / "manifest.json", "images", [tmp_path / "0.tar"], {"filters": 7}, {}, **yields)
+    call_script("show_yields", [f"yields={tmp_path}/manifest.json", "samples_per_shard=100", "parts=3"])
+    said = capsys.readouterr().out
+    assert "dropped, filters: 7\nkept 1\nshards: 1\n" in said
+    assert ("w >= 1: keeps 30 alone, 20 after" in said) == bool(more)
+    assert ("no filter was applied" in said) == (not more)
 
 
 def test_shards_are_counted_part_by_part():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import multiprocessing
 import os
 import threading
 from collections import Counter
@@ -201,7 +202,7 @@ def test_a_damaged_or_shortened_shard_is_named(tmp_path, serve):
     tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(3)])
     sample = TarSource(str(tar), WANTED, cache=str(tmp_path / "c")).load(0)[2]
     os.truncate(tar, sample.shard.spans["caption"][2, 0])
-    with pytest.raises(storage.StorageError, match=r"a.tar: cut off before byte \d+"):
+    with pytest.raises(DataError, match=r"a.tar: cut off before byte \d+"):
         sample.read()
     for path in (str(tar), f"{serve(tmp_path)}/a.tar", f"pipe:cat {tar}"):
         with pytest.raises(DataError, match=r"a.tar: .*not a whole tar"):
@@ -222,6 +223,79 @@ def test_behind_a_command_copies_are_bounded_and_come_again(tmp_path):
     assert len(copies) == 4  # of two windows
     assert total(TarSource(path, WANTED, cache=str(tmp_path / "c"), window=2)) == 21 and log.read_text().count("x") == 7
     assert loaded[0][1].read()["image"] == make_sample(1)[1]["jpg"] and log.read_text().count("x") == 8
+
+
+def test_an_open_copy_outlives_its_file_and_use_keeps_a_copy(tmp_path):
+    copies, made = sources.Copies("d", str(tmp_path), 2), []
+
+    def read(name: str) -> bytes:
+        def write(path: Path) -> None:
+            made.append(name)
+            path.write_bytes(name.encode())
+
+        with copies.open(name, write) as file:
+            for path in copies.folder.glob("passing/*") if name == "gone" else ():
+                path.unlink()
+            return file.read()
+
+    assert [read(name) for name in "abac"] == [b"a", b"b", b"a", b"c"] and made == ["a", "b", "c"]
+    assert read("a") == b"a" and made == ["a", "b", "c"]  # b, of the oldest use, had to go
+    assert read("gone") == b"gone"
+
+
+def read_at_random(path: str, cache: str, seed: int) -> None:
+    source = TarSource(path, WANTED, cache=cache, window=1)
+    truth = TarSource(path.removeprefix("pipe:cat "), WANTED, cache=cache)
+    loaded, local = ([s.load(number) for number in range(s.shards)] for s in (source, truth))
+    for number in np.random.default_rng(seed).integers(len(loaded), size=150):
+        assert loaded[number][0].read() == local[number][0].read()
+
+
+def test_processes_that_share_a_small_cache_lose_nothing(tmp_path):
+    for i in range(6):
+        write_tar(tmp_path / f"{i}.tar", [make_sample(i)])
+    arguments = f"pipe:cat {tmp_path}/{{0..5}}.tar", str(tmp_path / "c")
+    processes = [multiprocessing.Process(target=read_at_random, args=(*arguments, seed)) for seed in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_a_shard_of_a_web_server_that_changed_is_indexed_anew(tmp_path, serve):
+    tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(3)])
+    path, cache = f"{serve(tmp_path)}/a.tar", str(tmp_path / "c")
+    assert total(TarSource(path, WANTED, cache=cache)) == 3
+    write_tar(tar, [make_sample(n) for n in range(10, 15)])
+    source = TarSource(path, WANTED, cache=cache)
+    assert total(source) == 5 and read_all(source)[0][0] == make_sample(10)[1]["jpg"]
+
+
+def test_a_command_whose_shard_changed_ends_the_run_and_is_indexed_by_the_next(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(3)])
+    path, cache = f"pipe:cat {tar}", str(tmp_path / "c")
+    sample = TarSource(path, WANTED, cache=cache).load(0)[0]
+    write_tar(tar, [make_sample(n) for n in range(10, 35)])
+    for copy in tmp_path.glob("c/*/passing/*"):
+        copy.unlink()
+    with pytest.raises(DataError, match=r"a.tar: the source has changed: .*; delete .*c/"):
+        sample.read()
+    assert [int(key) for key in keys(TarSource(path, WANTED, cache=cache))] == list(range(10, 35))
+
+
+def test_a_folder_of_others_gets_one_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "c" / f"sdtrain-{os.getuid()}").mkdir(parents=True)
+    stat = Path.stat
+
+    def foreign(path, **options):  # as /tmp is root's
+        found = stat(path, **options)
+        if path == tmp_path / "c":
+            return os.stat_result([*found[:4], found.st_uid + 1, *found[5:]])
+        return found
+
+    monkeypatch.setattr(Path, "stat", foreign)
+    assert sources.Copies("d", str(tmp_path / "c"), 1).folder.parent == tmp_path / "c" / f"sdtrain-{os.getuid()}"
 
 
 def test_a_cache_of_another_user_is_refused(tmp_path, monkeypatch):
@@ -352,6 +426,22 @@ def test_wrong_columns_and_paths_are_named(options, message, tmp_path):
     path, wanted = str(tmp_path / options.pop("path", "a.csv")), options.pop("wanted", COLUMNS)
     with pytest.raises(DataError, match=message):
         TableSource(path, wanted, **options, cache=str(tmp_path / "c"))
+
+
+def test_tables_without_rows_and_of_web_servers_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match=r"a\.csv: a header, but no rows"):
+        TableSource(str(tmp_path / "a.csv"), COLUMNS, cache=str(tmp_path / "c"))
+    with pytest.raises(DataError, match=r"http://127.0.0.1:1/t.csv: .*copy them to this machine"):
+        TableSource("http://127.0.0.1:1/t.csv", COLUMNS, cache=str(tmp_path / "c"))
+
+
+def test_tables_of_one_name_in_two_folders_give_two_keys(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.csv").write_text("image,caption\nx.jpg,c\n")
+    source = TableSource(f"{tmp_path}/{{a,b}}/t.csv", COLUMNS, cache=str(tmp_path / "c"))
+    assert keys(source) == ["a/t.csv:0", "b/t.csv:0"]
 
 
 def test_an_image_of_a_table_is_read_up_to_a_limit(tmp_path, monkeypatch):

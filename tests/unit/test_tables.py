@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import csv
 
 from sdtrain import tables
-from sdtrain.tables import ParquetFile, Table, TableError, find_files, show, show_bytes
+from sdtrain.tables import ParquetFile, Table, TableError, find_files, show, show_bytes, show_shards
 
 ROWS = pa.table(
     {
@@ -40,7 +40,10 @@ def test_every_format_reads_alike(form, tmp_path):
     table = Table(write(form, tmp_path / f"t.{form}"), COLUMNS)
     assert table.schema.names == ["url", "caption", "original_width", "pwatermark"]
     rows = pa.concat_tables(table.batches())
-    assert rows.to_pylist() == ROWS.rename_columns(table.schema.names).to_pylist()
+    expected = ROWS.rename_columns(table.schema.names).to_pylist()
+    if form in ("csv", "tsv"):
+        expected[3]["caption"] = None  # an empty cell
+    assert rows.to_pylist() == expected
     assert pa.concat_tables(table.batches(["caption"])).column_names == ["caption"]
 
 
@@ -178,6 +181,30 @@ def test_csv_files_may_order_and_type_their_columns_differently(tmp_path):
     assert read.to_pylist() == [{"url": "u", "x": "1", "more": None}, {"url": "v", "x": "seven", "more": True}]
 
 
+@pytest.mark.parametrize("form, sign", [("csv", ","), ("tsv", "\t")])
+def test_an_empty_cell_is_null_in_every_column(tmp_path, form, sign):
+    lines = ["url,caption,license,score,none", "u,c,by,1.5,", ",,,,", 'v,"","",2,', "w,NULL,NA,3,"]
+    (tmp_path / f"t.{form}").write_text("".join(line.replace(",", sign) + "\n" for line in lines))
+    rows = pa.concat_tables(Table(tmp_path).batches())
+    assert [list(row.values()) for row in rows.to_pylist()] == [
+        ["u", "c", "by", 1.5, None],
+        [None] * 5,
+        ["v", None, None, 2.0, None],
+        ["w", "NULL", "NA", 3.0, None],
+    ]
+
+
+def test_texts_of_csv_keep_their_spelling(tmp_path):
+    (tmp_path / "t.csv").write_text("URL,caption,id,padded,score,more\n1,1.50,007,-00.5,1.50,2.50\n2,true,8,1,0.5,1\n")
+    table = Table(tmp_path / "t.csv", {"url": "URL"}, texts=["more"])
+    assert pa.concat_tables(table.batches()).to_pylist() == [
+        {"url": "1", "caption": "1.50", "id": "007", "padded": "-00.5", "score": 1.5, "more": "2.50"},
+        {"url": "2", "caption": "true", "id": "8", "padded": "1", "score": 0.5, "more": "1"},
+    ]
+    (tmp_path / "none.csv").write_text("url,caption\nu,\n")
+    assert pa.types.is_string(Table(tmp_path / "none.csv").schema.field("caption").type)
+
+
 def test_csv_oddities_are_read(tmp_path):
     (tmp_path / "t.csv").write_bytes(
         b'\xef\xbb\xbfurl,caption\r\na,"two\r\nlines, and ""quotes"""\r\nb,NULL\r\n\r\nc,\xe7\x8c\xab\r\n'
@@ -201,7 +228,7 @@ def test_what_is_written_as_csv_comes_back(tmp_path_factory, values):
     elif types and types <= {int, float}:
         assert found == [None if v is None else float(v) for v in values] and kind == "double"
     elif types:
-        assert found == texts and kind == "string"  # numbers and booleans together
+        assert found == [text or None for text in texts] and kind == "string"  # numbers and booleans together
 
 
 @pytest.mark.parametrize(
@@ -280,6 +307,14 @@ def test_yields_are_shown_with_what_is_known():
         "kept 2: train 2, held out 0",
         "expected download: train 12.3 MB, held out 0 B (from b)",
     ]
+
+
+def test_what_is_kept_of_shards_is_shown():
+    row = {"column": "w", "predicate": ">= 1", "null": 1, "alone_kept": 5, "kept": 4}
+    manifest = {"samples": 4, "dropped": {"filters": 3, "none": 0}, "shards": []}
+    shown = "w >= 1: keeps 5 alone, 4 after those before it; 1 have no value\ndropped, filters: 3\nkept 4"
+    assert show_shards(manifest | {"yields": [row]}) == shown
+    assert show_shards(manifest) == "no filter was applied\ndropped, filters: 3\nkept 4"
 
 
 def test_bytes_are_shown_in_their_unit():

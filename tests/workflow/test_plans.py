@@ -88,6 +88,13 @@ def test_shards_that_exist_are_chosen_from_where_filters_ask_for_it(checkout, pl
     assert len(held_out.of("reshard")) == 3  # any source shard may hold some of them
 
 
+def test_the_yields_of_shards_that_exist_are_told_by_their_manifest(checkout, plan):
+    yields = plan(checkout, "--config", "run=imagenet", "--", "yields")
+    assert yields.rules == {"freeze", "index_shards", "gather_shards", "yields"}
+    (job,) = yields.of("yields")
+    assert "yields=results/data/imagenet/train/shards/manifest.json " in job["shellcmd"]
+
+
 BIG = """
 shards: {path: results/data/emoji/train/shards/manifest.json, parts: 3}
 select:
@@ -130,7 +137,7 @@ def test_the_launch_line_is_the_profiles(checkout):
     assert launch("slurm").startswith("srun ") and launch("slurm").endswith("python -u")
 
 
-# Each: what is set (file, key, value) or said on the command line, and what the message must name
+# Each: what is set (file, key, value), said on the command line, or a list of these, and what the message must name
 EMOJI, DEMO, COMPONENTS = "data/emoji.yaml", "demo.yaml", "components.yaml"
 VAE = "resources/components/emoji-autoencodr"
 MISTAKES = {
@@ -186,6 +193,14 @@ MISTAKES = {
         ["configs/data/emoji.yaml", "image_siz", "did you mean", "image_size"],
     ),
     "no parts": ((EMOJI, "shards/parts", 0), ["configs/data/emoji.yaml", "shards.parts", "0 is not at least 1"]),
+    "rows of shards that exist": (
+        [("data/imagenet.yaml", "select", {"rows": 1000}), "run=imagenet"],
+        ["configs/data/imagenet.yaml", "select.rows", "is for tables only"],
+    ),
+    "duplicates in shards that exist": (
+        [("data/imagenet.yaml", "select", {"deduplicate": "url"}), "run=imagenet"],
+        ["configs/data/imagenet.yaml", "select.deduplicate", "is for tables only"],
+    ),
     "unknown text encoder": (
         (EMOJI, "latents/text_encoder", "minilmm"),
         ["configs/components.yaml", "minilmm", "did you mean minilm"],
@@ -211,12 +226,13 @@ def refused(plan, tree, *named: str) -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_planning_with_one_message(checkout, plan, mistake):
-    edit, named = MISTAKES[mistake]
-    if isinstance(edit, tuple):
-        set_key(checkout, *edit)
-        refused(plan(checkout), checkout, *named)
-    else:
-        refused(plan(checkout, "--config", *edit), checkout, *named)
+    edits, named = MISTAKES[mistake]
+    edits = [edits] if isinstance(edits, tuple) else edits
+    for edit in edits:
+        if isinstance(edit, tuple):
+            set_key(checkout, *edit)
+    said = [edit for edit in edits if isinstance(edit, str)]
+    refused(plan(checkout, *(["--config", *said] if said else [])), checkout, *named)
 
 
 def test_what_is_not_yaml_is_refused(checkout, plan):

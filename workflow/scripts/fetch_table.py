@@ -60,8 +60,7 @@ def fetch_files(config: DictConfig, output: Path) -> int:
         raise cf.ConfigError("table.path: missing; with kind: files it is a file, a folder, a glob or a URL")
     addresses: list[str] = [config.path]
     if config.sha256 or config.path.startswith(("http://", "https://")):
-        folder = output.parent / "tables" / cf.fingerprint(config.path)
-        addresses = [download(address, folder) for address in expand(config.path)]
+        addresses = [download(address, output.parent / "tables") for address in expand(config.path)]
     if config.sha256:
         if len(addresses) > 1:
             raise cf.ConfigError(f"table.sha256: it is of a single file, and {config.path} names {len(addresses)}")
@@ -136,12 +135,12 @@ def to_urls(table: pa.Table, source: str) -> pa.Table:
 
 
 def download(address: str, folder: Path) -> str:
-    """Fetch an address's file into `folder` unless it is there; returns its path. A local one stays where it is."""
+    """Fetch an address's file into a folder of its own in `folder`, unless it is there; a local one stays. Its path."""
     if storage.is_local(address):
         return address
-    target = folder / Path(urllib.parse.unquote(address.partition("?")[0])).name
+    target = folder / cf.fingerprint(address) / Path(urllib.parse.unquote(address.partition("?")[0])).name
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.tmp")
         try:
             with open(aside, "wb") as file:

@@ -28,8 +28,10 @@ def main(argv: list[str]) -> None:
 def index(config: DictConfig, split: str, part: int, parts: int, output: str) -> dict:
     """Write the manifest of one part's run of the shards. Those that a manifest describes are not read again.
 
-    Raises ShardError for a split without shards, and for a shard that is not whole.
+    Raises ConfigError for what cannot be chosen of shards, ShardError for a split without shards and for a shard that
+    is not whole.
     """
+    cf.check_existing(config.select)
     path = config.path if split == "train" else config.held_out_path
     if not path:
         raise ShardError(

@@ -186,10 +186,11 @@ def encode_shards(source: dict, numbers: list[int], folder: Path, dataset: Image
     interval = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="img", desc=label, mininterval=interval, disable=not here.main) as bar:
         for number, group in itertools.groupby(batches, key=attrgetter("shard")):
-            write_shard(folder, number, group, encoder, bar)
             path = source["shards"][number]["path"]
-            if not storage.is_local(path):
-                Path(storage.fetch(path, cache)).unlink()
+            copy = None if storage.is_local(path) else Path(storage.fetch(path, cache))  # which `jobs` has made
+            write_shard(folder, number, group, encoder, bar)
+            if copy:
+                copy.unlink(missing_ok=True)  # after the last shard the main rank tidies up, too
     shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -336,9 +337,17 @@ def finish(source: dict, manifest: str, folder: Path, dataset: Images, encoder: 
         write_bytes(empty, save({"text": encoder.states([""])[0]}))
         more["empty_text"] = os.path.relpath(empty, output.parent)
     asides = (f.parent.glob(f".{f.name}.*.tmp") for f in (output, picture))
-    for left in itertools.chain(folder.glob(".*"), *asides):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    remove(itertools.chain(folder.glob(".*"), *asides))
     return shards.write_manifest(output, "latents", made, dict(sorted(dropped.items())), made_by, **more)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders, which the ranks that made them may be removing at the same time."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from sdtrain import config as cf
 from sdtrain import schema, storage
 from sdtrain.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
 from sdtrain.shards import THREADS, describe_shard, find_shards, locked, progress, read_part, write_manifest
+from sdtrain.tables import show_shards
 from sdtrain.tars import (
     END,
     INDEX,
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
         manifest = reshard(config, own["split"], *read_part(own["part"], own["parts"]), own["output"])
     except (cf.ConfigError, PredicateError, ShardError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(show(manifest))
+    print(show_shards(manifest))
 
 
 def reshard(config: DictConfig, split: str, part: int, parts: int, output: str) -> dict:
@@ -60,19 +61,28 @@ def reshard(config: DictConfig, split: str, part: int, parts: int, output: str) 
                 with storage.local(row["path"]) as path:
                     index = choice.keep(read_source(row, path, choice.columns))
                     copier.add(path, index, stays=storage.is_local(row["path"]))
+            choice.check_column()  # before anything is finished
         yields = {"yields": choice.yields} if choice.yields else {}
         result = {"samples": copier.samples, "dropped": dict(choice.dropped), **yields}
         if parts == 1 and not copier.samples:
-            raise ShardError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{show(result)}")
+            raise ShardError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{show_shards(result)}")
         return write_manifest(output, source["kind"], copier.paths, result["dropped"], made_by, **yields)
 
 
 def read_source(row: dict, path: str, columns: list[str]) -> ShardIndex:
     """The index of a source with these columns: the one that its manifest names, or one made now from the local tar."""
-    if row["index_path"]:
+    if row["index_path"] and not is_outdated(row["index_path"], row["path"]):
         return read_index(row["index_path"], row["path"], columns)
     index = index_tar(path, row["path"])
     return read_metadata(index, path, columns) if columns else index
+
+
+def is_outdated(index: str, shard: str) -> bool:
+    """Whether a local shard was touched after its index was written: another of the same size may be in its place."""
+    if not (storage.is_local(shard) and os.path.isfile(index)):  # `read_index` says that one is missing
+        return False
+    now = os.stat(shard)
+    return max(now.st_mtime_ns, now.st_ctime_ns) >= os.stat(index).st_mtime_ns
 
 
 class Choice:
@@ -88,6 +98,7 @@ class Choice:
             self.made_by |= {"split": split, "held_out": OmegaConf.to_container(self.held)}
         self.dropped: Counter[str] = Counter()
         self.yields: list[dict[str, Any]] | None = None
+        self._asked, self._told = 0, 0  # samples that were looked at, those of them that have the held-out rule's key
 
     def keep(self, index: ShardIndex) -> ShardIndex:
         """The samples that belong here. Those without a JSON object are dropped where one of its keys is asked for."""
@@ -96,6 +107,9 @@ class Choice:
         asked, before = index.take(index.readable), len(index)
         passed, yields = self.predicates.judge(asked.metadata)
         self.yields = add_yields(self.yields, yields)
+        if self.held:
+            self._asked += len(asked)
+            self._told += len(asked) - asked.metadata[self.held.column].null_count
         kept = asked.take(passed)
         here = kept.take(self._side(kept)) if self.held else kept
         other = "in the held-out split" if self.split == "train" else "in the training split"
@@ -106,6 +120,14 @@ class Choice:
         }
         self.dropped += Counter(counts)
         return here
+
+    def check_column(self) -> None:
+        """Raise ConfigError where no sample had the key that decides the side: all would fall on one."""
+        if self._asked and not self._told:
+            raise cf.ConfigError(
+                f"select.held_out.column: no sample of {self.path} has {self.held.column}, so all would be on "
+                "one side; name a key of the samples' JSON"
+            )
 
     def _side(self, index: ShardIndex) -> np.ndarray:
         column = self.held.column
@@ -119,9 +141,7 @@ def check(config: DictConfig, split: str) -> tuple[Predicates, DictConfig | None
     Shards of their own for the held-out split make the rule void: then nothing of `path` is held out.
     """
     select, held = config.select, config.select.held_out
-    for key in ("deduplicate", "rows"):
-        if select[key] is not None:
-            raise cf.ConfigError(f"select.{key}: is for tables only; take it away, or set select.filters for shards")
+    cf.check_existing(select)
     if not 0 <= held.fraction < 1:
         raise cf.ConfigError(f"select.held_out.fraction: {held.fraction} is not in [0, 1)")
     if split == "held_out" and not (config.held_out_path or held.fraction):
@@ -260,16 +280,6 @@ def read_ranges(path: str, ranges: list[tuple[int, int]], buffer: memoryview) ->
                     yield buffer
                     filled = 0
     yield buffer[:filled]
-
-
-def show(result: dict) -> str:
-    """The yields and the counts as text."""
-    lines = []
-    for row in result.get("yields") or []:
-        counts = f"{row['alone_kept']:,} alone, {row['kept']:,} after those before it; {row['null']:,} have no value"
-        lines.append(f"{row['column']} {row['predicate']}: keeps {counts}")
-    lines += [f"dropped, {reason}: {count:,}" for reason, count in result["dropped"].items() if count]
-    return "\n".join([*lines, f"kept {result['samples']:,}"])
 
 
 if __name__ == "__main__":

@@ -48,14 +48,15 @@ def select(config: DictConfig, path: str, train: str, held_out: str) -> dict[str
     """
     table, predicates = Table(path), parse(config.filters)
     check_config(config, table, predicates)
-    passing, yields, hashes = judge(table, predicates, config.deduplicate)
+    passing, without_url, yields, hashes = judge(table, predicates, config.deduplicate)
     chosen, duplicates = choose(passing, hashes, config)
     with ParquetFile(train, table.schema) as train_file, ParquetFile(held_out, table.schema) as held_file:
         sizes = write(table, chosen, config, train_file, held_file)
         result = {
             "rows": len(passing),
             "predicates": yields,
-            "after_filters": passing.true_count,
+            "after_filters": passing.true_count + without_url,
+            "without_url": without_url,
             "duplicates": {"column": config.deduplicate, "dropped": duplicates} if config.deduplicate else None,
             "rows_limit": config.rows,
             "kept": train_file.rows + held_file.rows,
@@ -75,23 +76,29 @@ def check_config(config: DictConfig, table: Table, predicates: Predicates) -> No
     if config.rows is not None and config.rows < 1:
         raise cf.ConfigError(f"select.rows: {config.rows} is not a number of rows above 0; leave it out to keep all")
     predicates.mask(table.schema.empty_table())
+    table.require(["url"])
     table.require([config.held_out.column] if config.held_out.fraction else [])
     table.require([config.deduplicate] if config.deduplicate else [])
 
 
 # ---------------------------------------------------------------- first pass: which rows
-def judge(table: Table, predicates: Predicates, unique: str | None) -> tuple[pa.BooleanArray, list, np.ndarray]:
-    """Which rows pass the predicates, the yields, and for each row that passes the hash of its value of `unique`."""
-    columns = list(dict.fromkeys([*predicates.columns, *([unique] if unique else [])]))
+def judge(table: Table, predicates: Predicates, unique: str | None) -> tuple[pa.BooleanArray, int, list, np.ndarray]:
+    """Which rows pass the predicates and have a url; how many of those that pass have none; the yields; and for each
+    row that is left the hash of its value of `unique`.
+    """
+    columns = list(dict.fromkeys(["url", *predicates.columns, *([unique] if unique else [])]))
     masks, hashes, yields, passed = [], [np.zeros(0, np.uint64)], predicates.yields(table.schema.empty_table()), 0
-    for batch in progress(table, columns or table.schema.names[:1], "filter"):
+    without_url = 0
+    for batch in progress(table, columns, "filter"):
         mask, counts = predicates.judge(batch)
         yields = add_yields(yields, counts)
-        masks.append(pa.array(mask))
+        there = batch.column("url").is_valid().to_numpy()
+        without_url += int(np.count_nonzero(mask & ~there))
+        masks.append(pa.array(mask & there))
         if unique:
             hashes.append(hash_values(batch.column(unique).filter(masks[-1]), passed))
             passed += len(hashes[-1])
-    return pa.concat_arrays(masks or [pa.array([], pa.bool_())]), yields, np.concatenate(hashes)
+    return pa.concat_arrays(masks or [pa.array([], pa.bool_())]), without_url, yields, np.concatenate(hashes)
 
 
 def hash_values(values: pa.ChunkedArray, first: int) -> np.ndarray:

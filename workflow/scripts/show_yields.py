@@ -1,11 +1,14 @@
-"""Show what a selection keeps: the yield of each filter, the expected download and the number of shards."""
+"""Show what a selection keeps: the yield of each filter, the expected download and the number of shards.
+
+yields= is what select_samples wrote, or the manifest of shards that existed.
+"""
 
 from __future__ import annotations
 
 import sys
 
 from sdtrain import config as cf
-from sdtrain.tables import show
+from sdtrain.tables import show, show_shards
 
 
 def main(argv: list[str]) -> None:
@@ -16,6 +19,9 @@ def main(argv: list[str]) -> None:
         result = cf.read_json(own["yields"])
     except cf.ConfigError as error:
         raise SystemExit(f"error: {error}") from None
+    if "shards" in result:  # a manifest: what is kept is there already
+        print(f"{show_shards(result)}\nshards: {len(result['shards']):,}")
+        return
     train, held_out = count_shards(result["train"], size, parts), count_shards(result["held_out"], size, 1)
     print(show(result))
     several = f" in {parts} parts" if parts > 1 else ""

@@ -157,6 +157,7 @@ def train(cfg, here: dist.World, device: torch.device) -> None:
 
     # Data: a resume needs only the number of images seen
     dataset = loader.open_dataset(cfg.dataset, e.seed)
+    dataset.require_complete(cfg.dataset.params.max_lost)
     stream = loader.batches(
         dataset,
         cfg.system.batch_size,

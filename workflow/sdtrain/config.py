@@ -178,6 +178,13 @@ def way_in(data: DictConfig) -> str:
     return "resharded" if data.select.filters or data.select.held_out.fraction else "indexed"
 
 
+def check_existing(select: DictConfig) -> None:
+    """Raise ConfigError for a choice that can be made of a table's rows, and not of shards that exist."""
+    for key in ("deduplicate", "rows"):
+        if select[key] is not None:
+            raise ConfigError(f"select.{key}: is for tables only; take it away, or set select.filters for shards")
+
+
 def component_record(folder: str) -> str:
     """The record beside a component's folder, for any path inside it: resources/components/{name}.json."""
     return "/".join(Path(folder).parts[:3]) + ".json"
@@ -346,7 +353,7 @@ def read_json(path: str | Path) -> Any:
 
 def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
     """The `dataset` section of a stage, turned to the held-out images at `path`: same filters and resolution."""
-    kind = dataset.type if dataset.type == "ClassificationWebDataset" else "WebDataset"
+    kind = "ClassificationWebDataset" if dataset.params.idx_to_prompt else "WebDataset"
     return OmegaConf.merge(dataset, {"type": kind, "params": {"path": path, "flip": False}})
 
 

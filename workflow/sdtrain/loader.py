@@ -111,8 +111,9 @@ class PositionDataset(Dataset):
     An item that cannot be read has "error", a message, and "reason". `lost` counts those of `batches` by reason.
     """
 
-    def __init__(self, source: Source, seed: int, window: int):
+    def __init__(self, source: Source, seed: int, window: int, idx_to_prompt: str | None = None):
         self.source, self.seed = source, seed
+        self.prompts = _read_prompts(idx_to_prompt) if idx_to_prompt else None
         self.order = Order(source.count, source.shards, window, seed)
         self.lost: Counter[str] = Counter()
         self._load = Recent(source.load, window + 2)
@@ -161,12 +162,32 @@ class PositionDataset(Dataset):
         return self.text(sample.read("caption")["caption"])
 
     def text(self, caption: bytes) -> str:
-        """The caption behind a sample's field."""
-        return caption.decode("utf-8", "replace").strip()
+        """The caption behind a sample's field, or the prompt of its class."""
+        label = caption.decode("utf-8", "replace").strip()
+        if self.prompts is None:
+            return label
+        try:
+            return self.prompts[label] if isinstance(self.prompts, dict) else self.prompts[int(label)]
+        except (KeyError, IndexError, ValueError):
+            raise DataError(f"no prompt for class {label!r} in dataset.params.idx_to_prompt") from None
 
     def rng(self, position: int) -> np.random.Generator:
         """Randomness of this position's augmentations."""
         return np.random.default_rng([self.seed, 1, position])
+
+    def require_complete(self, max_lost: float) -> None:
+        """Raise DataError if more than this share of the samples (and than 10) lack a field or their JSON.
+
+        Of shards far away, only those counted so far are looked at.
+        """
+        if self.source.cheap:
+            len(self)
+        lacking = {reason: count for reason, count in self.dropped.items() if reason != "filters"}
+        if sum(lacking.values()) > max(10, self.source.seen * max_lost):
+            raise DataError(
+                f"{sum(lacking.values())} of {self.source.seen} samples are incomplete ({lacking}); rebuild the shards "
+                f"or correct the columns, or allow more than {max_lost:g} of them with dataset.params.max_lost"
+            )
 
     def describe(self) -> str:
         """How many samples there are and why others are not; of shards far away, only of those counted so far."""
@@ -208,13 +229,12 @@ class ImageDataset(PositionDataset):
         cache: str | None = None,
     ):
         self.resolution, self.crop, self.flip, self.zoom = resolution, crop, flip, zoom
-        self.prompts = _read_prompts(idx_to_prompt) if idx_to_prompt else None
         if columns is None:
             wanted = {"image": IMAGE, "caption": ("cls",) if idx_to_prompt else ("txt",)}
             source = TarSource(path, wanted, filters, cache=cache, window=window)
         else:
             source = TableSource(path, TABLE_COLUMNS, filters, columns=columns, cache=cache, window=window)
-        super().__init__(source, seed, window)
+        super().__init__(source, seed, window, idx_to_prompt)
 
     def prepare(self, fields: dict[str, bytes], position: int) -> dict:
         """The square of the image, and the caption."""
@@ -222,22 +242,13 @@ class ImageDataset(PositionDataset):
         image = images.prepare(fields["image"], self.resolution, self.crop, self.flip, rng, self.zoom)
         return {**image, "caption": self.text(fields["caption"])}
 
-    def text(self, caption: bytes) -> str:
-        """The caption behind a sample's field, or the prompt of its class."""
-        if self.prompts is None:
-            return super().text(caption)
-        label = caption.decode("utf-8", "replace").strip()
-        try:
-            return self.prompts[label] if isinstance(self.prompts, dict) else self.prompts[int(label)]
-        except (KeyError, IndexError, ValueError):
-            raise DataError(f"no prompt for class {label!r} in dataset.params.idx_to_prompt") from None
-
 
 class LatentDataset(PositionDataset):
     """Precomputed latents: latents float32 C x h x w (already scaled), caption and key str; where they were kept, int64
     original_size and crop as of an image, and text, the states of the caption: float32 tokens x width.
 
     Of stored moments the latents are drawn anew at each position. `empty_text` is the text of the empty caption.
+    With `idx_to_prompt`, a JSON file, captions are prompts of classes.
     """
 
     def __init__(
@@ -245,15 +256,17 @@ class LatentDataset(PositionDataset):
         path: str,
         *,
         filters: dict[str, Any] | None = None,
+        idx_to_prompt: str | None = None,
         seed: int = 0,
         window: int = 64,
         cache: str | None = None,
     ):
         self.empty_text = _read_empty_text(path) if path.endswith(".json") else None
-        wanted = {"latent": ("latent",), "caption": ("txt",)}
+        wanted = {"latent": ("latent",), "caption": ("cls",) if idx_to_prompt else ("txt",)}
         if self.empty_text is not None:
             wanted["text"] = ("text",)
-        super().__init__(TarSource(path, wanted, filters, cache=cache, window=window), seed, window)
+        source = TarSource(path, wanted, filters, cache=cache, window=window)
+        super().__init__(source, seed, window, idx_to_prompt)
 
     def prepare(self, fields: dict[str, bytes], position: int) -> dict:
         """The latents, the caption and what was kept with them."""
@@ -300,7 +313,7 @@ def open_dataset(config, seed: int) -> PositionDataset:
         raise DataError(f"dataset.params.window={params.window}: at least one shard is shuffled at a time")
     shared = {"filters": filters, "seed": seed, "window": params.window, "cache": params.cache}
     if config.type == "LatentDataset":
-        return LatentDataset(params.path, **shared)
+        return LatentDataset(params.path, idx_to_prompt=params.idx_to_prompt, **shared)
     if config.type == "ClassificationWebDataset" and not params.idx_to_prompt:
         raise DataError("dataset.params.idx_to_prompt: ClassificationWebDataset needs a JSON file of class -> prompt")
     return ImageDataset(
@@ -330,8 +343,8 @@ def batches(
 
     A global batch is `world_size * batch_size` consecutive positions; rank r takes the r-th run of `batch_size`.
     Tensors are stacked on a first axis, other values are lists. An unreadable sample gives its place to the next
-    readable one of the stream and is counted in `dataset.lost`; more of them than the share `max_lost` (and than 10
-    at all) end the training with DataError.
+    readable one of the stream, which then stands twice in that epoch, and is counted in `dataset.lost`; more of them
+    than the share `max_lost` (and than 10 at all) end the training with DataError, as does a tar that cannot be read.
     """
     first, stride, seen = start + rank * batch_size, world_size * batch_size, 0
     loader = DataLoader(

@@ -51,6 +51,8 @@ class Plan:
             data = self.load_data(run.data)
             self._check_filters(f"configs/data/{run.data}.yaml: select.filters", data.select.filters)
             named |= {data.latents.text_encoder} - {None}
+            if data.shards.path:
+                self._check_existing(f"configs/data/{run.data}.yaml", data.select)
             if data.shards.parts < 1:
                 raise self.error(f"configs/data/{run.data}.yaml: shards.parts: {data.shards.parts} is not at least 1")
         for name in sorted(named):
@@ -60,6 +62,12 @@ class Plan:
         try:
             predicates.parse(OmegaConf.to_container(filters) if filters else None)
         except predicates.PredicateError as error:
+            raise self.error(f"{where}: {error}") from None
+
+    def _check_existing(self, where: str, select: DictConfig) -> None:
+        try:
+            cf.check_existing(select)
+        except cf.ConfigError as error:
             raise self.error(f"{where}: {error}") from None
 
     def slice_of(self, wildcards: Any) -> str:
@@ -144,9 +152,12 @@ class Plan:
         return list(dict.fromkeys(name for name in found if name))
 
     def yields(self, run: str) -> str | list:
-        """The yield table of a run's dataset, where it is selected from a table."""
+        """What tells the yields of a run's dataset: a file of their own; of shards that exist, their manifest."""
         data = self.load_run(run).data
-        return f"results/data/{data}/yields.json" if data and not self.load_data(data).shards.path else []
+        if not data:
+            return []
+        existing = self.load_data(data).shards.path
+        return f"results/data/{data}/" + ("train/shards/manifest.json" if existing else "yields.json")
 
     # ------------------------------------------------------------ evaluation
     def data_folder(self, wildcards: Any) -> str:

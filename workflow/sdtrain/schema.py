@@ -117,8 +117,8 @@ class DatasetParams:
     filters: dict[str, Any] | None = None  # metadata predicates, the seed's notation
     idx_to_prompt: str | None = None  # JSON: class index -> prompt
     window: int = 64  # shards that are shuffled together
-    max_lost: float = 0.1  # share of unreadable samples above which the training ends
-    cache: str | None = None  # folder for copies of shards behind pipe:, by default the machine's temporary one
+    max_lost: float = 0.1  # share of unreadable samples, and of incomplete ones, above which the training ends
+    cache: str | None = None  # folder for copies and indices of remote shards and tables; by default a temporary one
 
 
 @dataclass

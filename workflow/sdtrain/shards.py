@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import itertools
 import json
 import os
 import sys
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +171,7 @@ def _is_current(shard: str, index: Path, facts: dict[str, Any], source: str | No
     if facts.get("version") != INDEX_VERSION or facts.get("source") != source or "sha256" not in facts:
         return False
     if not storage.is_local(shard):
-        return True
+        return source is not None
     try:
         now = os.stat(shard)
     except OSError:
@@ -179,7 +181,14 @@ def _is_current(shard: str, index: Path, facts: dict[str, Any], source: str | No
 
 
 def _version(shard: str) -> str | None:
-    """What tells one content of an s3:// address from the next; None for other addresses."""
+    """What tells one content of an s3:// or http(s):// address from the next; None where nothing does."""
+    if shard.startswith(("http://", "https://")):
+        with contextlib.suppress(OSError, http.client.HTTPException):  # a server may know no HEAD
+            request = urllib.request.Request(shard, method="HEAD")
+            with urllib.request.urlopen(request, timeout=storage.TIMEOUT) as answer:
+                about = answer.headers
+            if about["ETag"] or about["Last-Modified"]:
+                return about["ETag"] or f"{about['Last-Modified']} {about['Content-Length']}"
     if shard.startswith("s3://"):
         with contextlib.suppress(Exception):  # botocore's are many; the copy that follows says what is wrong
             filesystem, path = storage.find_filesystem(shard)

@@ -7,14 +7,17 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import itertools
+import mmap
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +25,11 @@ import pyarrow.parquet as pq
 
 from sdtrain import predicates, storage, tables
 from sdtrain.shards import THREADS, describe_shard, read_manifest
-from sdtrain.tars import INDEX, ShardError, ShardIndex, read_index
+from sdtrain.tars import INDEX, INDEX_VERSION, ShardError, ShardIndex, read_facts, read_index
 
 BLOCK_ROWS = 10_000  # rows of a CSV file that make a shard
 MAX_BYTES = 100 << 20  # of an image file that a table points to
+WAITS = (0.5, 1, 2, 4)  # seconds before a shard far away is asked again
 
 Wanted = Mapping[str, Sequence[str]]  # our name of a field -> the names it may have; the first one present counts
 
@@ -129,6 +133,7 @@ class TarShard(Sequence):
     keys: np.ndarray
     spans: dict[str, np.ndarray]
     copies: Copies | None  # of a shard that cannot be read in parts
+    size: int | None  # bytes of the whole shard, where it is copied
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -141,14 +146,36 @@ class TarShard(Sequence):
         return str(self.keys[row])
 
     def read(self, row: int, names: Iterable[str] = ()) -> dict[str, bytes]:
-        """The bytes of these fields (by default of all), by one read of the range that they span."""
+        """The bytes of these fields (by default of all), by one read of the range that they span.
+
+        Raises DataError where the shard cannot be read, one far away not after several tries either.
+        """
         spans = {name: self.spans[name][row].tolist() for name in names or self.spans}
         begin, end = min(o for o, _ in spans.values()), max(o + size for o, size in spans.values())
-        path = self.copies.fetch(self.name) if self.copies else self.name
-        data = storage.read_range(path, begin, end - begin)
-        if len(data) < end - begin:
-            raise storage.StorageError(f"{self.name}: cut off before byte {end}; rebuild it, and what was made of it")
+        data = self._read_range(begin, end)
         return {name: data[offset - begin : offset - begin + size] for name, (offset, size) in spans.items()}
+
+    def _read_range(self, begin: int, end: int) -> bytes:
+        for wait in [*(() if storage.is_local(self.name) else WAITS), None]:
+            try:
+                data = self._read_copy(begin, end) if self.copies else storage.read_range(self.name, begin, end - begin)
+                if len(data) == end - begin:
+                    return data
+                raise storage.StorageError(f"cut off before byte {end}; rebuild it, and what was made of it")
+            except OSError as error:
+                if wait is None:
+                    about = str(error).removeprefix(f"{self.name}: ")
+                    raise DataError(f"{self.name}: {about}; once that is right, start again") from None
+                time.sleep(wait)
+
+    def _read_copy(self, begin: int, end: int) -> bytes:
+        with self.copies.fetch(self.name) as file:
+            if (size := os.fstat(file.fileno()).st_size) != self.size:
+                raise DataError(
+                    f"{self.name}: the source has changed: {size} bytes, but {self.size} when it was indexed; delete "
+                    f"{self.copies.folder} and start again"
+                )
+            return os.pread(file.fileno(), end - begin, begin)
 
 
 class TarSource(Source):
@@ -182,8 +209,10 @@ class TarSource(Source):
         index, spans = self._read(number)
         kept, _ = self._judge_index(index, spans)
         address = self.addresses[number]
-        copies = self.copies if address.startswith("pipe:") else None
-        return TarShard(address, index.keys[kept], {name: span[kept] for name, span in spans.items()}, copies)
+        copies, size = None, None
+        if address.startswith("pipe:"):
+            copies, size = self.copies, read_facts(self.indices[number])["bytes"]
+        return TarShard(address, index.keys[kept], {name: s[kept] for name, s in spans.items()}, copies, size)
 
     def _measure(self, number: int) -> tuple[int, Counter]:
         if not self.predicates.items and (complete := self._count_complete(self.indices[number])):
@@ -208,8 +237,9 @@ class TarSource(Source):
 
     def _read(self, number: int) -> tuple[ShardIndex, dict[str, np.ndarray]]:
         """A shard's index, and the spans of each wanted field: int64 (n, 2), -1 where a sample has none."""
-        path = self.indices[number] or self._make_index(self.addresses[number])
-        index = read_index(path, self.addresses[number], self.predicates.columns)
+        if self.indices[number] is None:  # asked once a process: what was counted must stay
+            self.indices[number] = self._make_index(self.addresses[number])
+        index = read_index(self.indices[number], self.addresses[number], self.predicates.columns)
         spans = {}
         for name, extensions in self.wanted.items():
             spans[name] = np.full((len(index), 2), -1, np.int64)
@@ -220,14 +250,22 @@ class TarSource(Source):
     def _make_index(self, address: str) -> Path:
         """The index of a shard that comes without one, made once and kept in the cache."""
         index = self.copies.folder / f"{_digest(address)}{INDEX}"
-        piped = address.startswith("pipe:")
         with _alone(index):
             try:
-                if not (piped and index.exists()):  # the others are asked whether they have changed
-                    describe_shard(self.copies.fetch(address) if piped else address, index)
+                if not address.startswith("pipe:"):
+                    describe_shard(address, index)
+                elif not self._fits(index, address):
+                    with self.copies.fetch(address) as file:
+                        describe_shard(f"/proc/self/fd/{file.fileno()}", index)
             except (ShardError, storage.StorageError) as error:
                 raise DataError(str(error) if address in str(error) else f"{address}: {error}") from None
         return index
+
+    def _fits(self, index: Path, address: str) -> bool:
+        """Whether there is an index, of a shard as large as its copy, if there is one: a command tells no version."""
+        facts = read_facts(index) or {}
+        size = self.copies.size(address)
+        return facts.get("version") == INDEX_VERSION and size in (None, facts.get("bytes"))
 
 
 def _minimum(footer: pq.FileMetaData, column: str) -> int:
@@ -257,6 +295,7 @@ class TableShard(Sequence):
     """The kept rows of a part of a table: `columns` maps image and caption to Arrow arrays, `rows` are theirs in it."""
 
     name: str
+    label: str  # the table's path below the folder that all of the dataset have in common
     folder: str  # where the table lies: its paths are relative to it
     first: int  # number of the part's first row in the file
     rows: np.ndarray
@@ -269,8 +308,8 @@ class TableShard(Sequence):
         return Sample(self, range(len(self))[row])
 
     def key(self, row: int) -> str:
-        """The file's name and the row's number in it, from 0."""
-        return f"{os.path.basename(self.name)}:{self.first + int(self.rows[row])}"
+        """The file's label and the row's number in it, from 0."""
+        return f"{self.label}:{self.first + int(self.rows[row])}"
 
     def read(self, row: int, names: Iterable[str] = ()) -> dict[str, bytes]:
         """The bytes of these fields (by default of all); a path or an address of an image is followed."""
@@ -319,7 +358,9 @@ class TableSource(Source):
         self.copies, self.columns = Copies(path, cache, 2 * window), dict(columns or {})
         self.parts: list[tuple[str, int, int]] = []  # file, number of the part in it, its first row
         with _plainly():
-            for file in tables.find_files(path):
+            files = tables.find_files(path)
+            self.common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+            for file in files:
                 sizes, first = self._list_sizes(file), 0
                 for part, size in enumerate(sizes):
                     self.parts.append((file, part, first))
@@ -337,7 +378,8 @@ class TableSource(Source):
         names, _ = self._find_columns(file, table.schema.names)
         kept, _ = self._judge_rows(names, table, len(table))
         columns = {ours: table.column(theirs) for ours, theirs in names.items()}
-        return TableShard(file, os.path.dirname(file), first, np.flatnonzero(kept), columns)
+        label = os.path.relpath(file, self.common)
+        return TableShard(file, label, os.path.dirname(file), first, np.flatnonzero(kept), columns)
 
     def _measure(self, number: int) -> tuple[int, Counter]:
         file, part, _ = self.parts[number]
@@ -369,21 +411,21 @@ class TableSource(Source):
         footer = _open_parquet(file).metadata
         return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
 
-    def _copy_group(self, file: str, part: int) -> Path:
+    def _copy_group(self, file: str, part: int) -> BinaryIO:
         def write(path: Path) -> None:
             parquet = _open_parquet(file)
             _, needed = self._find_columns(file, parquet.schema_arrow.names)
-            _write_arrow(path, parquet.read_row_group(part, needed, use_threads=False).to_batches())
+            _write_arrow(path, parquet.read_row_group(part, needed, use_threads=False).to_batches(), file)
 
-        return self.copies.make(f"{file} {part} {_version(file)} {self._needs()}", write)
+        return self.copies.open(f"{file} {part} {_version(file)} {self._needs()}", write)
 
-    def _copy_text(self, file: str) -> Path:
+    def _copy_text(self, file: str) -> BinaryIO:
         def write(path: Path) -> None:
-            table = tables.Table(file)
+            table = tables.Table(file, texts=[*self.columns.values(), *itertools.chain(*self.wanted.values())])
             _, needed = self._find_columns(file, table.schema.names)
-            _write_arrow(path, _blocks(table.batches(needed)))
+            _write_arrow(path, _blocks(table.batches(needed)), file)
 
-        return self.copies.make(f"{file} {_version(file)} {self._needs()}", write, keep=True)
+        return self.copies.open(f"{file} {_version(file)} {self._needs()}", write, keep=True)
 
     def _needs(self) -> str:
         return f"{self.wanted} {self.columns} {self.predicates.columns}"
@@ -441,19 +483,21 @@ def _blocks(batches: Iterator[pa.Table]) -> Iterator[pa.RecordBatch]:
         yield from rest.combine_chunks().to_batches()
 
 
-def _write_arrow(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+def _write_arrow(path: Path, batches: Iterable[pa.RecordBatch], file: str) -> None:
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
-        raise tables.TableError("no rows")
+        raise tables.TableError(f"{file}: a header, but no rows; fill it, or leave it out")
     with pa.ipc.new_file(path, first.schema) as writer:
         writer.write_batch(first)
         for batch in batches:
             writer.write_batch(batch)
 
 
-def _map(path: Path) -> pa.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.memory_map(str(path)))
+def _map(copy: BinaryIO) -> pa.RecordBatchFileReader:
+    """The Arrow table in a file, mapped into memory: it stays when the file is closed and removed."""
+    with copy:
+        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -474,7 +518,8 @@ def _plainly() -> Iterator[None]:
 class Copies:
     """Files made or fetched for one dataset, in a folder that the processes of a machine share.
 
-    Of those that can be had again, the newest `number` stay. `root` is by default the machine's temporary folder.
+    Of those that can be had again, the `number` that were used last stay; one that goes while it is open can be read
+    on. `root` is by default the machine's temporary folder.
     """
 
     def __init__(self, dataset: str, root: str | None, number: int):
@@ -483,32 +528,48 @@ class Copies:
     @functools.cached_property
     def folder(self) -> Path:
         """Where they lie: a folder of this user's."""
-        root = Path(self.root or f"{tempfile.gettempdir()}/sdtrain-{os.getuid()}")
+        root = Path(self.root or tempfile.gettempdir())
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.root or root.stat().st_uid != os.getuid():  # such as /tmp
+            root /= f"sdtrain-{os.getuid()}"
+            root.mkdir(mode=0o700, exist_ok=True)
         if root.stat().st_uid != os.getuid():
             raise DataError(f"{root}: belongs to another user; set dataset.params.cache to a folder of yours")
         return root / self.name
 
-    def fetch(self, address: str) -> str:
-        """The path of a copy of a shard."""
+    def fetch(self, address: str) -> BinaryIO:
+        """The open copy of a shard."""
 
         def write(path: Path) -> None:
             with open(path, "wb") as file:
                 storage.copy(address, file)
 
-        return str(self.make(address, write))
+        return self.open(address, write)
 
-    def make(self, key: str, write: Callable[[Path], None], keep: bool = False) -> Path:
-        """The path of what `write` makes of a path, once for each key; it may go again unless `keep`."""
-        target = self.folder / ("kept" if keep else "passing") / _digest(key)
-        if not target.exists():
-            with _alone(target):
-                if not target.exists():
-                    write(target.with_name(f"{target.name}.tmp"))
-                    os.replace(f"{target}.tmp", target)
-            if not keep:
-                self._drop_old()
-        return target
+    def size(self, address: str) -> int | None:
+        """The bytes of the copy of a shard, None where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.getsize(self._place(address))
+        return None
+
+    def open(self, key: str, write: Callable[[Path], None], keep: bool = False) -> BinaryIO:
+        """What `write` makes of a path, once for each key, open for reading; its file may go again unless `keep`."""
+        target = self._place(key, keep)
+        with contextlib.suppress(FileNotFoundError):
+            return _reopen(target)
+        with _alone(target):
+            with contextlib.suppress(FileNotFoundError):  # who held it before us has made it
+                return _reopen(target)
+            aside = target.with_name(f"{target.name}.tmp")
+            write(aside)
+            file = open(aside, "rb")  # before others can see it, and drop it
+            os.replace(aside, target)
+        if not keep:
+            self._drop_old()
+        return file
+
+    def _place(self, key: str, keep: bool = False) -> Path:
+        return self.folder / ("kept" if keep else "passing") / _digest(key)
 
     def _drop_old(self) -> None:
         files = []
@@ -517,6 +578,12 @@ class Copies:
                 files += [] if path.suffix else [(path.stat().st_mtime_ns, path)]
         for _, path in sorted(files)[: -self.number]:
             path.unlink(missing_ok=True)
+
+
+def _reopen(path: Path) -> BinaryIO:
+    """Open a copy, which counts as its use."""
+    os.utime(path)
+    return open(path, "rb")
 
 
 @contextlib.contextmanager

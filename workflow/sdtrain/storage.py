@@ -53,6 +53,8 @@ def walk(address: str) -> list[str]:
     if is_local(address):
         pattern = f"{glob.escape(address)}/**" if os.path.isdir(address) else glob.escape(address)
         return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if address.startswith(("http://", "https://", "pipe:")):
+        raise StorageError(f"{address}: files are not listed there; copy them to this machine or to s3://")
     with _named(address):
         filesystem, path = find_filesystem(address)
         protocol = address.partition("://")[0]

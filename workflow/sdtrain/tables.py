@@ -21,8 +21,10 @@ from sdtrain import storage
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json"}
 BATCH_ROWS = 65536
 BLOCK = 8 << 20  # bytes of text read at a time; no row may be longer
+TEXTS = ("url", "caption")  # our columns that are texts whatever they look like
 PLAIN = (pa.int64(), pa.float64(), pa.bool_())  # what a column of CSV may hold, the first that fits all; else texts
 NULLS = pa.array(csv.ConvertOptions().null_values)
+PADDED = r"^\s*[+-]?0\d"  # 007 is a name, not a number: it would come back as 7
 BOOLEANS = pa.array(["true", "True", "TRUE", "false", "False", "FALSE"])
 
 
@@ -34,18 +36,23 @@ class Table:
     """A table in one file or many, here or on S3, seen under our column names and read in batches.
 
     `path` is a file, a folder, a glob, brace notation, or a list of these. `columns` maps our name to the file's;
-    columns it does not name keep their own. A column has one type in all files, the narrowest that fits every value.
+    columns it does not name keep their own. A column has one type in all files, the narrowest that fits every value;
+    of CSV and TSV, url, caption and the file's columns in `texts` stay texts, as 1.50 is another caption than 1.5, and
+    an empty cell is null.
     Raises TableError for a path without tables, files of several formats, and columns that are missing.
     """
 
-    def __init__(self, path: str | Path | Sequence[str], columns: Mapping[str, str] | None = None):
+    def __init__(
+        self, path: str | Path | Sequence[str], columns: Mapping[str, str] | None = None, texts: Iterable[str] = ()
+    ):
+        columns = dict(columns or {})
         self.path = path if isinstance(path, str) else str(path) if isinstance(path, Path) else ", ".join(path)
         self.files = find_files(path)
         forms = {FORMATS[Path(file).suffix.lower()] for file in self.files}
         if len(forms) > 1:
             raise TableError(f"{self.path}: tables of several formats ({', '.join(sorted(forms))}); name one kind")
-        self._reader = _READERS[forms.pop()](self.files)
-        self._theirs = self._rename(dict(columns or {}))
+        self._reader = _READERS[forms.pop()](self.files, {columns.get(ours, ours) for ours in TEXTS} | set(texts))
+        self._theirs = self._rename(columns)
         fields = [self._reader.schema.field(theirs).with_name(ours) for ours, theirs in self._theirs.items()]
         self.schema = pa.schema(fields)
 
@@ -132,8 +139,9 @@ def _readable(file: str) -> Iterator[None]:
 class _Reader:
     """The files of one format: `schema`, of all files together; `read`, the rows of one, in blocks."""
 
-    def __init__(self, files: list[str]):
+    def __init__(self, files: list[str], texts: set[str]):
         filesystem, places = _filesystem(files)
+        self.texts = texts  # columns that are texts, where a format does not tell
         self.filesystem, self.places = filesystem, dict(zip(files, places, strict=True))
         self.schema = pa.schema([])
         for file in files:
@@ -215,9 +223,9 @@ class _Csv(_Reader):
 
     parse = csv.ParseOptions(newlines_in_values=True)
 
-    def __init__(self, files: list[str]):
+    def __init__(self, files: list[str], texts: set[str]):
         self.types: dict[str, list[pa.DataType] | None] = {}  # those that fit all values; None: no value yet
-        super().__init__(files)
+        super().__init__(files, texts)
         kinds = {name: pa.null() if fit is None else (*fit, pa.string())[0] for name, fit in self.types.items()}
         self.schema = pa.schema(list(kinds.items()))
 
@@ -227,7 +235,7 @@ class _Csv(_Reader):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise TableError(f"{file}: two columns are called {twice[0]!r}; rename one")
-        self.types |= {name: self.types.get(name) for name in names}
+        self.types |= {name: self.types.get(name, [] if name in self.texts else None) for name in names}
         with self._open_csv(file, csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))) as blocks:
             for block in blocks:
                 self.types |= {name: _narrow(self.types[name], block.column(name)) for name in names}
@@ -237,7 +245,7 @@ class _Csv(_Reader):
         convert = csv.ConvertOptions(column_types=types, include_columns=columns, include_missing_columns=True)
         with self._open_csv(file, convert) as blocks:
             for block in blocks:
-                yield pa.Table.from_batches([block])
+                yield pa.table([_empty_to_null(column) for column in block.columns], schema=block.schema)
 
     @contextlib.contextmanager
     def _open_csv(self, file: str, convert: csv.ConvertOptions) -> Iterator[csv.CSVStreamingReader]:
@@ -263,9 +271,18 @@ def _narrow(types: list[pa.DataType] | None, texts: pa.Array) -> list[pa.DataTyp
     return [kind for kind in (PLAIN if types is None else types) if _fits(values, kind)]
 
 
+def _empty_to_null(column: pa.Array) -> pa.Array:
+    """Null for each empty text, as Arrow gives for an empty cell in a column of numbers."""
+    if not pa.types.is_string(column.type):
+        return column
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+
+
 def _fits(texts: pa.Array, kind: pa.DataType) -> bool:
     if kind == pa.bool_():
         return pc.all(pc.is_in(texts, BOOLEANS)).as_py()
+    if pc.any(pc.match_substring_regex(texts, PADDED)).as_py():
+        return False
     try:
         pc.cast(pc.ascii_trim_whitespace(texts), kind)
     except pa.ArrowInvalid:
@@ -296,7 +313,7 @@ class ParquetFile:
         self.path, self.schema, self.rows = Path(path), schema, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._aside = self.path.with_name(f".{self.path.name}.tmp")  # one name: a killed process leaves no second file
-        unlike = ("url", "caption", *(field.name for field in schema if pa.types.is_floating(field.type)))
+        unlike = (*TEXTS, *(field.name for field in schema if pa.types.is_floating(field.type)))
         repeated = [name for name in schema.names if name not in unlike]  # a dictionary of the others wastes time
         self._writer = pq.ParquetWriter(self._aside, schema, use_dictionary=repeated)
         self._pending = schema.empty_table()
@@ -346,6 +363,8 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _remarks(result: Mapping[str, Any]) -> Iterable[str]:
+    if without_url := result.get("without_url"):
+        yield f"rows without a url dropped: {without_url:,}"
     if duplicates := result.get("duplicates"):
         yield f"duplicates of {duplicates['column']} dropped: {duplicates['dropped']:,}"
     if limit := result.get("rows_limit"):
@@ -355,6 +374,16 @@ def _remarks(result: Mapping[str, Any]) -> Iterable[str]:
     if sizes := result.get("bytes"):
         train, held_out = (show_bytes(sizes[side]) for side in ("train", "held_out"))
         yield f"expected download: train {train}, held out {held_out} (from {result['size_from']})"
+
+
+def show_shards(result: Mapping[str, Any]) -> str:
+    """What was kept of shards that exist, as text: a manifest's `yields` (None: no filter), `dropped` and `samples`."""
+    lines = [] if result.get("yields") else ["no filter was applied"]
+    for row in result.get("yields") or []:
+        counts = f"{row['alone_kept']:,} alone, {row['kept']:,} after those before it; {row['null']:,} have no value"
+        lines.append(f"{row['column']} {row['predicate']}: keeps {counts}")
+    lines += [f"dropped, {reason}: {count:,}" for reason, count in result["dropped"].items() if count]
+    return "\n".join([*lines, f"kept {result['samples']:,}"])
 
 
 def show_bytes(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -36,11 +37,12 @@ SHARD_SIZES = (17, 5, 19)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache  # its own processes are sent objects of the one module in sys.modules
 def load_script(name: str):
     """A command of workflow/scripts as a module, to call its functions."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "workflow/scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # what its own processes are sent is pickled by this name
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

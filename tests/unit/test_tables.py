@@ -320,3 +320,13 @@ def test_what_is_kept_of_shards_is_shown():
 def test_bytes_are_shown_in_their_unit():
     sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 999_949: "1.0 MB", 2.5e12: "2.5 TB", 1e16: "10,000.0 TB"}
     assert {size: show_bytes(size) for size in sizes} == sizes
+
+
+def test_parquet_tells_which_columns_have_no_null(tmp_path):
+    for number, last in enumerate(("z", None)):
+        table = pa.table({"url": ["a", "b", "c"], "caption": ["x", "y", last]})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
+    csv.write_csv(pa.table({"url": ["a"]}), tmp_path / "t.csv")
+    both = Table(tmp_path / "*.parquet", {"address": "url"})
+    assert both.is_full("address") and not both.is_full("caption")
+    assert Table(tmp_path / "0.parquet").is_full("caption") and not Table(tmp_path / "t.csv").is_full("url")

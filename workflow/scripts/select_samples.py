@@ -86,13 +86,14 @@ def judge(table: Table, predicates: Predicates, unique: str | None) -> tuple[pa.
     """Which rows pass the predicates and have a url; how many of those that pass have none; the yields; and for each
     row that is left the hash of its value of `unique`.
     """
-    columns = list(dict.fromkeys(["url", *predicates.columns, *([unique] if unique else [])]))
+    unsure = [] if table.is_full("url") else ["url"]
+    columns = list(dict.fromkeys([*predicates.columns, *([unique] if unique else []), *unsure]))
     masks, hashes, yields, passed = [], [np.zeros(0, np.uint64)], predicates.yields(table.schema.empty_table()), 0
     without_url = 0
-    for batch in progress(table, columns, "filter"):
+    for batch in progress(table, columns or ["url"], "filter"):
         mask, counts = predicates.judge(batch)
         yields = add_yields(yields, counts)
-        there = batch.column("url").is_valid().to_numpy()
+        there = batch.column("url").is_valid().to_numpy() if unsure else np.ones(len(batch), bool)
         without_url += int(np.count_nonzero(mask & ~there))
         masks.append(pa.array(mask & there))
         if unique:

@@ -74,6 +74,10 @@ class Table:
         """The number of rows where the files tell it without being read (parquet), else None."""
         return self._reader.count()
 
+    def is_full(self, name: str) -> bool:
+        """Whether the files tell, without being read, that a column has no null (parquet's statistics)."""
+        return self._reader.is_full(self._theirs[name])
+
     def require(self, names: list[str]) -> None:
         """Raise TableError, naming the nearest column, unless all these columns are here."""
         for name in names:
@@ -160,6 +164,10 @@ class _Reader:
         """The rows of all files, where they need not be read for it."""
         return None
 
+    def is_full(self, column: str) -> bool:
+        """Whether it is known, without a look at the rows, that a column has no null."""
+        return False
+
     def open(self, file: str) -> pa.NativeFile:
         """A file's bytes."""
         return self.filesystem.open_input_stream(self.places[file])
@@ -190,6 +198,16 @@ class _Parquet(_Reader):
 
     def count(self) -> int:
         return sum(pq.read_metadata(place, filesystem=self.filesystem).num_rows for place in self.places.values())
+
+    def is_full(self, column: str) -> bool:
+        for place in self.places.values():
+            footer = pq.read_metadata(place, filesystem=self.filesystem)
+            at = next((i for i in range(footer.num_columns) if footer.schema.column(i).path == column), None)
+            for group in range(footer.num_row_groups):
+                told = None if at is None else footer.row_group(group).column(at).statistics
+                if told is None or not told.has_null_count or told.null_count:
+                    return False
+        return True
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

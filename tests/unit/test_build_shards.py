@@ -22,21 +22,7 @@ from samples import load_script
 
 from sdtrain.tars import index_tar
 
-
-@pytest.fixture(scope="module")
-def server():
-    with downloads.serve() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def reset(server):
-    downloads.reset(server)
-
-
-@pytest.fixture
-def work(tmp_path, server):
-    return Work(tmp_path, server)
+pytestmark = pytest.mark.usefixtures("reset")
 
 
 @pytest.fixture(scope="module")

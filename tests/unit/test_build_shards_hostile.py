@@ -32,20 +32,7 @@ MANNERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    with downloads.serve() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def reset(server):
-    downloads.reset(server)
-
-
-@pytest.fixture
-def work(tmp_path, server):
-    return Work(tmp_path, server)
+pytestmark = pytest.mark.usefixtures("reset")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import shutil
 import tarfile
 
 import pyarrow.parquet as pq
@@ -24,12 +23,6 @@ SAMPLES = [make_sample(n) for n in range(5)]
 @pytest.fixture
 def tar(tmp_path):
     return write_tar(tmp_path / "00000.tar", SAMPLES)
-
-
-@pytest.fixture
-def folder(image_shards, tmp_path):
-    """A copy of the shards that a test may spoil."""
-    return shutil.copytree(image_shards, tmp_path / "copy")
 
 
 # ---------------------------------------------------------------- reading

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from sdtrain import config as cf
 from sdtrain import schema, storage
+from sdtrain.shards import sha256_file
 from sdtrain.tables import ParquetFile, Table, TableError
 
 TIMEOUT = 30  # seconds without an answer
@@ -156,8 +156,7 @@ def check_sha256(path: Path, expected: str) -> None:
     """Raise FetchError unless the file has this sha256."""
     if not path.is_file():
         raise FetchError(f"{path}: table.sha256 is of a single file, and this is none")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_file(path)
     if found != expected:
         raise FetchError(
             f"{path}: sha256 is {found}, {expected} expected; delete the file to fetch it again, or correct sha256"

@@ -17,7 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from sdtrain import config as cf
 from sdtrain import schema, storage
 from sdtrain.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
-from sdtrain.shards import THREADS, describe_shard, find_shards, locked, progress, read_part, write_manifest
+from sdtrain.shards import (
+    THREADS,
+    describe_shard,
+    find_shards,
+    locked,
+    progress,
+    read_part,
+    was_touched,
+    write_manifest,
+)
 from sdtrain.tables import show_shards
 from sdtrain.tars import (
     END,
@@ -78,11 +87,8 @@ def read_source(row: dict, path: str, columns: list[str]) -> ShardIndex:
 
 
 def is_outdated(index: str, shard: str) -> bool:
-    """Whether a local shard was touched after its index was written: another of the same size may be in its place."""
-    if not (storage.is_local(shard) and os.path.isfile(index)):  # `read_index` says that one is missing
-        return False
-    now = os.stat(shard)
-    return max(now.st_mtime_ns, now.st_ctime_ns) >= os.stat(index).st_mtime_ns
+    """Whether an index may be of another shard; that it is missing, `read_index` says."""
+    return storage.is_local(shard) and os.path.isfile(index) and was_touched(shard, index)
 
 
 class Choice:

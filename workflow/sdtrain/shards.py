@@ -173,11 +173,15 @@ def _is_current(shard: str, index: Path, facts: dict[str, Any], source: str | No
     if not storage.is_local(shard):
         return source is not None
     try:
-        now = os.stat(shard)
+        return os.path.getsize(shard) == facts["bytes"] and not was_touched(shard, index)
     except OSError:
         return False
-    touched = max(now.st_mtime_ns, now.st_ctime_ns)
-    return now.st_size == facts["bytes"] and touched < os.stat(index).st_mtime_ns
+
+
+def was_touched(shard: str, index: str | Path) -> bool:
+    """Whether a local shard changed after its index was written: another of the same size may be in its place."""
+    now = os.stat(shard)
+    return max(now.st_mtime_ns, now.st_ctime_ns) >= os.stat(index).st_mtime_ns
 
 
 def _version(shard: str) -> str | None:

@@ -387,7 +387,8 @@ class TableSource(Source):
             if _is_parquet(file):  # what its footer tells is not read: images, above all
                 parquet = _open_parquet(file)
                 names, needed = self._find_columns(file, parquet.schema_arrow.names)
-                full = _full_columns(parquet.metadata.row_group(part)) - set(self.predicates.columns)
+                paths = tables.full_columns(parquet.metadata.row_group(part))  # of a struct, one full field is enough
+                full = {path.partition(".")[0] for path in paths} - set(self.predicates.columns)
                 rows = parquet.metadata.row_group(part).num_rows
                 table = parquet.read_row_group(part, [name for name in needed if name not in full], use_threads=False)
             else:
@@ -460,15 +461,6 @@ def _open_parquet(file: str) -> pq.ParquetFile:
         return pq.ParquetFile(file)
     filesystem, path = storage.find_filesystem(file)
     return pq.ParquetFile(filesystem.open(path))
-
-
-def _full_columns(group: pq.RowGroupMetaData) -> set[str]:
-    """The columns of a row group that have no null, by its statistics; of a struct, one full field is enough."""
-    columns = (group.column(i) for i in range(group.num_columns))
-    full = (
-        c for c in columns if c.statistics is not None and c.statistics.has_null_count and not c.statistics.null_count
-    )
-    return {column.path_in_schema.partition(".")[0] for column in full}
 
 
 def _blocks(batches: Iterator[pa.Table]) -> Iterator[pa.RecordBatch]:

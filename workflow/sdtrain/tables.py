@@ -202,12 +202,16 @@ class _Parquet(_Reader):
     def is_full(self, column: str) -> bool:
         for place in self.places.values():
             footer = pq.read_metadata(place, filesystem=self.filesystem)
-            at = next((i for i in range(footer.num_columns) if footer.schema.column(i).path == column), None)
-            for group in range(footer.num_row_groups):
-                told = None if at is None else footer.row_group(group).column(at).statistics
-                if told is None or not told.has_null_count or told.null_count:
-                    return False
+            if not all(column in full_columns(footer.row_group(i)) for i in range(footer.num_row_groups)):
+                return False
         return True
+
+
+def full_columns(group: pq.RowGroupMetaData) -> set[str]:
+    """The columns of a parquet row group that have no null, by its statistics; fields of structs by their paths."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    told = ((column.path_in_schema, column.statistics) for column in columns)
+    return {path for path, s in told if s is not None and s.has_null_count and not s.null_count}
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdtrain.schema import ComponentConfig, DataConfig, ExistingShardsConfig, RunConfig, StageConfig
+from sdtrain.schema import ComponentConfig, DataConfig, ExistingShardsConfig, ExperimentConfig, RunConfig, StageConfig
 
 
 class ConfigError(ValueError):
@@ -36,7 +36,11 @@ DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", *TABLE_DATASETS, "Lat
 CHOICES = {
     "wandb.mode": ("online", "offline", "disabled"),
     "model.mixed_precision": ("bf16",),
-    "objective.timesteps": ("uniform", "stratified"),
+    "model.attention": ("flash", "efficient", "cudnn", "math"),
+    "model.compile": ("model", "blocks"),
+    "distributed.strategy": ("ddp", "fsdp"),
+    "objective.timesteps": ("uniform", "stratified", "logit_normal"),
+    "init_weights": ("ema", "raw"),
     "dataset.type": DATASET_TYPES,
     "dataset.params.crop": ("center", "random"),
     "latents.crop": ("center", "random"),
@@ -283,21 +287,25 @@ def pass_on_key(config: DictConfig) -> None:
 
 VOLATILE = [
     "wandb",
+    "system",
     "distributed",
     "frozen",
-    "system.workers",
-    "system.threads",
-    "system.dist_backend",
-    "system.dist_url",
+    "init",
+    "model.compile",
+    "model.attention",
+    "model.xformers",
+    "model.gradient_checkpointing",
+    "optimizer.fused",
+    *(
+        f"dataset.params.{k}"
+        for k in ("path", "batch_size", "workers", "num_examples_to_see", "max_lost", "prefetch", "cache")
+    ),
+    *(
+        f"experiment.{f.name}"
+        for f in dataclasses.fields(ExperimentConfig)
+        if f.name not in ("num_examples_to_see", "seed")
+    ),
 ]
-VOLATILE += [
-    f"experiment.{k}" for k in ("log_dir", "project", "name", "milestones", "stop_at", "save_every", "log_every")
-]
-VOLATILE += [
-    f"experiment.{k}"
-    for k in ("save_only_most_recent", "requeue", "wait_minutes", "eval_caption_file", "num_eval_images")
-]
-VOLATILE += [f"dataset.params.{k}" for k in ("path", "workers", "num_examples_to_see", "max_lost", "cache")] + ["init"]
 
 
 def stage_fingerprint(config: DictConfig) -> str:
@@ -444,6 +452,9 @@ def _check_keys(schema: type, values: Any, source: str, prefix: str = "") -> Non
 
 
 def _check_choices(config: DictConfig, where: str) -> None:
+    size = OmegaConf.select(config, "system.batch_size", throw_on_missing=False)
+    if size is not None and size != "auto" and not (isinstance(size, int) and size > 0):
+        raise ConfigError(f"{where}: system.batch_size: {size!r} is neither a positive whole number nor auto")
     for key, allowed in CHOICES.items():
         value = None
         with contextlib.suppress(OmegaConfBaseException):  # an interpolation that leads nowhere: `require` names it

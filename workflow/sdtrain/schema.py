@@ -18,9 +18,12 @@ class WandbConfig:
 
 @dataclass
 class SystemConfig:
-    gradient_accumulation: int = 1
-    batch_size: int = 32  # images per process and micro-batch
+    gradient_accumulation: int = 1  # micro-batches a rank adds up before each optimizer step
+    batch_size: Any = 32  # images per process and micro-batch; auto: the most that fits the GPU (needs global_batch)
+    global_batch: int | None = None  # images an optimizer step sees on all ranks; gradient_accumulation follows from it
     workers: int = 6  # loader processes per rank
+    channels_last: bool = False  # memory format of the UNet and the VAE: faster convolutions on recent GPUs
+    peak_tflops: float | None = None  # of one device at the training's precision, for MFU; known for common GPUs
     threads: int | None = None  # torch threads per process; by default torch's own choice
     dist_backend: str | None = "${distributed.dist_backend}"
     dist_url: str = "${distributed.dist_url}"
@@ -30,7 +33,8 @@ class SystemConfig:
 class DistributedConfig:
     dist_backend: str | None = None  # by default nccl where CUDA is, else gloo
     dist_url: str = "env://"
-    timeout_minutes: float = 30.0
+    strategy: str = "ddp"  # or fsdp: weights, gradients, optimizer and average sharded over the ranks
+    timeout_minutes: float = 30.0  # for a rank that hangs
 
 
 @dataclass
@@ -42,11 +46,16 @@ class ExperimentConfig:
     milestones: list[int] = field(default_factory=list)  # images seen at which a pipeline is exported
     stop_at: int | None = None  # end this job at that milestone; the schedule still spans the whole stage
     save_every: int = 2000  # optimizer steps between rolling checkpoints
-    save_only_most_recent: bool = True
+    save_only_most_recent: bool = True  # keep the last keep_checkpoints and those of milestones; otherwise all
+    keep_checkpoints: int = 2
+    max_nonfinite: int = 5  # steps in a row with a non-finite loss or gradient; then back to the last checkpoint
+    max_rollbacks: int = 3  # times back to one checkpoint before the training gives up
     requeue: bool = True  # go on from the folder's checkpoint; without it, start anew
     wait_minutes: float = 0.0  # for another process that is training in the folder, before giving up
-    eval_caption_file: str | None = None
+    eval_caption_file: str | None = None  # captions, one a line, that a grid is drawn from at every save
     num_eval_images: int = 8
+    eval_steps: int = 25  # of that grid's sampler
+    eval_guidance_scale: float = 5.0
     log_every: int = 10  # optimizer steps between log lines
     seed: int = 0
 
@@ -65,6 +74,7 @@ class OptimizerConfig:
     name: str = "adamw"
     params: OptimizerParams = field(default_factory=OptimizerParams)
     max_grad_norm: float | None = 1.0
+    fused: bool | None = None  # one kernel for all weights; by default where CUDA is
 
 
 @dataclass
@@ -80,6 +90,16 @@ class PartConfig:
 class EmaConfig:
     path: str | None = None  # a pretrained moving average to start from (a UNet folder)
     decay: float = 0.9999
+    half_life: int | None = None  # in images, in place of decay: the same average at any batch size
+    warmup: bool = True  # the decay starts low, so that early averages forget the initial weights
+
+
+@dataclass
+class LoraConfig:
+    rank: int | None = None  # train low-rank additions of that rank to the UNet's weights, and nothing else
+    alpha: float | None = None  # their scale is alpha / rank; by default 1
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
 @dataclass
@@ -95,11 +115,17 @@ class ModelConfig:
     mixed_precision: str | None = None  # bf16, or none
     gradient_checkpointing: bool = False
     xformers: bool = False
+    attention: str | None = None  # torch's kernel: flash, efficient, cudnn or math; by default its own choice
+    compile: str | None = None  # model: the UNet whole; blocks: each block, in a fraction of the compile time
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
 class ObjectiveConfig:
-    timesteps: str = "uniform"  # or stratified: one timestep from each equal slice of the schedule
+    timesteps: str = "uniform"  # or stratified: one from each equal slice of the schedule; or logit_normal
+    logit_mean: float = 0.0  # of logit_normal timesteps
+    logit_std: float = 1.0
+    offset_noise: float = 0.0  # standard deviation of a further noise that is one value a channel
     snr_gamma: float | None = None  # min-SNR-gamma loss weights
     caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 
@@ -107,7 +133,7 @@ class ObjectiveConfig:
 @dataclass
 class DatasetParams:
     path: str = MISSING  # a manifest.json; or shards, or tables, in brace notation: paths, s3://, pipe: commands
-    batch_size: int = "${system.batch_size}"  # type: ignore[assignment]
+    batch_size: Any = "${system.batch_size}"
     workers: int = "${system.workers}"  # type: ignore[assignment]
     num_examples_to_see: int = "${experiment.num_examples_to_see}"  # type: ignore[assignment]
     columns: dict[str, str] = field(default_factory=dict)  # tables: our name (image, caption) -> theirs
@@ -118,6 +144,7 @@ class DatasetParams:
     idx_to_prompt: str | None = None  # JSON: class index -> prompt
     window: int = 64  # shards that are shuffled together
     max_lost: float = 0.1  # share of unreadable samples, and of incomplete ones, above which the training ends
+    prefetch: int = 2  # batches that a thread keeps ready, pinned where CUDA is
     cache: str | None = None  # folder for copies and indices of remote shards and tables; by default a temporary one
 
 
@@ -155,6 +182,7 @@ class StageConfig:
     lr_scheduler: LRConfig = field(default_factory=LRConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init: str | None = None  # a stage of the same run, or the folder of a finished pipeline, to start from
+    init_weights: str = "ema"  # which of its weights: ema, the moving average where there is one, or raw
     frozen: str | None = None  # the workflow's mark: the fingerprint of this file as it was planned
 
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
+import torch.distributed.checkpoint as dcp
 from checkout import ROOT
+from safetensors.torch import load_file
 
 SCRIPTS = ROOT / "workflow/scripts"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 # Imports train.py once; each line on its input, {"arguments", "ranks", "folder", "log"}, becomes processes that run it.
 FORKS = """
-import json, os, signal, sys
+import json, os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
-import train, diffusers, transformers
+import train, diffusers, transformers, torch.distributed.checkpoint, torch.distributed.fsdp
 diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTokenizer
 
 def become(job, rank):
@@ -28,10 +33,11 @@ def become(job, rank):
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     os.chdir(job["folder"])
+    if job["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
     if job["ranks"] > 1:
-        port = str(20000 + os.getppid() % 20000)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
     train.main(["train.py", *job["arguments"]])
 
 for line in sys.stdin:
@@ -44,6 +50,7 @@ for line in sys.stdin:
                 become(job, rank)
                 code = 0
             except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
                 print(end.code, file=sys.stderr)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
@@ -51,6 +58,7 @@ for line in sys.stdin:
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
         children.append(child)
+    print(json.dumps(children), flush=True)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
@@ -69,21 +77,92 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | fixed | {"PYTHONPATH": str(ROOT / "workflow")} | more
 
 
+@dataclass
+class Trainer:
+    """Runs train.py in processes forked from a server that has imported it, one training at a time."""
+
+    server: subprocess.Popen
+    log: Path
+    pids: list[int] = field(default_factory=list)
+
+    def __call__(self, folder: Path, *arguments: str, ranks: int = 1, file_limit: int = 0) -> Result:
+        """Run it in `folder` to its end; no file grows beyond `file_limit` bytes."""
+        self.start(folder, *arguments, ranks=ranks, file_limit=file_limit)
+        return self.wait()
+
+    def start(self, folder: Path, *arguments: str, ranks: int = 1, file_limit: int = 0) -> None:
+        """Start it; `pids` are those of its ranks."""
+        self.log.unlink(missing_ok=True)
+        job = {"arguments": arguments, "ranks": ranks, "folder": str(folder), "log": str(self.log)}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            job |= {"port": str(free.getsockname()[1]), "file_limit": file_limit}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        self.pids = json.loads(self.server.stdout.readline())
+
+    def wait(self) -> Result:
+        """Its end."""
+        return Result(json.loads(self.server.stdout.readline()), self.log.read_text())
+
+
 @contextlib.contextmanager
-def trainer(log: Path):
-    """A function run(folder, *arguments, ranks=1) that runs train.py in `folder` to its end."""
+def trainer(log: Path) -> Iterator[Trainer]:
+    """A Trainer whose trainings write to `log`."""
     command = [sys.executable, "-c", FORKS, str(SCRIPTS)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), **pipes) as server:
+        yield Trainer(server, log)
 
-        def run(folder: Path, *arguments: str, ranks: int = 1) -> Result:
-            log.unlink(missing_ok=True)
-            job = {"arguments": arguments, "ranks": ranks, "folder": str(folder), "log": str(log)}
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
-            return Result(json.loads(server.stdout.readline()), log.read_text())
 
-        yield run
+# ---------------------------------------------------------------- what a training leaves
+MEASURED = ("images_per_second", "images_per_second_per_gpu", "data_wait", "memory_gb")
+
+
+def weights(pipeline: Path) -> dict[str, torch.Tensor]:
+    """The UNet's weights in a pipeline folder."""
+    return load_file(pipeline / "unet/diffusion_pytorch_model.safetensors")
+
+
+def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the newest checkpoint, by its name, such as unet.conv_in.weight."""
+    (folder,) = (run / "checkpoints").iterdir()
+    newest = max((path.parent for path in folder.glob("*/.metadata")), key=lambda path: int(path.name))
+    index = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()}
+    dcp.load(state, checkpoint_id=newest, no_dist=True)
+    return state
+
+
+def part(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """One part of a checkpoint: unet, ema, optimizer, progress."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def log(run: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def losses(run: Path) -> list[float]:
+    """The losses in the log."""
+    return [line["loss"] for line in log(run) if "loss" in line]
+
+
+def same(a: dict, b: dict, **tolerance) -> bool:
+    """Whether two states hold the same tensors: bit for bit, or within a tolerance."""
+    if not tolerance:
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], **tolerance) for k in a)
+
+
+def refused(result: Result, *named: str) -> None:
+    """One message, which names all of `named`, and a failure of every process."""
+    assert all(code != 0 for code in result.codes), result.text
+    assert "Traceback" not in result.text, result.text
+    (message,) = [line for line in result.text.splitlines() if line.startswith("error:")]
+    assert all(word in message for word in named), message
 
 
 def kill_all(process: subprocess.Popen) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
+from samples import load_script, write_tar
 from trainings import trainer
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(folder, *arguments, ranks=1): run train.py in `folder` to its end."""
+    """A trainings.Trainer: train(folder, *arguments, ranks=1) runs train.py in `folder` to its end."""
     with trainer(tmp_path_factory.mktemp("train") / "log") as run:
         yield run
 
@@ -42,3 +46,38 @@ def stage_yaml(stage_values, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("stage") / "stage.yaml"
     path.write_text(yaml.safe_dump(stage_values))
     return str(path)
+
+
+# ---------------------------------------------------------------- latents with states of the captions
+@pytest.fixture(scope="session")
+def text_parts(tiny_parts, tmp_path_factory) -> Path:
+    """The parts as a component: with a record."""
+    from sdtrain import config
+
+    folder = shutil.copytree(tiny_parts, tmp_path_factory.mktemp("components") / "parts")
+    config.write_json(f"{folder}.json", {"fingerprint": "00000000000000aa"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
+    """Manifests of the same latents: online (captions only), cached (their states too), permuted (other captions)."""
+    from sdtrain import config, schema, shards, tars
+
+    script, root = load_script("precompute_latents"), tmp_path_factory.mktemp("latents")
+    images = shards.read_manifest(image_shards / "manifest.json")["shards"]
+    for row in images:
+        samples = [(s.key, {e: s.read(e) for e in s.fields}) for s in tars.index_tar(row["path"])]
+        captions = [fields["txt"] for _, fields in samples]
+        for (_, fields), caption in zip(samples, captions[1:] + captions[:1], strict=True):
+            fields["txt"] = caption
+        write_tar(root / Path(row["path"]).name, samples)
+    shards.write_manifest(root / "permuted.json", "images", sorted(root.glob("*.tar")), {}, {})
+    manifests = {}
+    for name, text in (("online", None), ("cached", str(text_parts)), ("permuted", str(text_parts))):
+        (root / name).mkdir()
+        manifests[name] = root / name / "manifest.json"
+        source = root / "permuted.json" if name == "permuted" else image_shards / "manifest.json"
+        settings = config.load(schema.LatentsConfig, overrides=["workers=0"])
+        script.precompute(settings, str(text_parts), text, 32, str(source), manifests[name])
+    return manifests

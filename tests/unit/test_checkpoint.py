@@ -1,20 +1,25 @@
-"""Checkpoints appear whole or not at all, milestones are trained again only on purpose, pipelines can be moved."""
+"""Checkpoints appear whole or not at all, milestones are trained again by other code only, pipelines can be moved."""
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from sdtrain import checkpoint, config, models, sampling, schema
-from sdtrain.checkpoint import CheckpointError
+from sdtrain.checkpoint import CheckpointError, Checkpoints
 
 LIBRARY = Path(__file__).resolve().parents[2] / "workflow"
 
@@ -26,89 +31,222 @@ def python(code: str, *arguments, **options) -> subprocess.Popen:
     )
 
 
-# ---------------------------------------------------------------- files
-def test_a_state_comes_back_and_older_ones_go(tmp_path):
-    state = {"unet": {"w": torch.arange(4.0)}, "ema": None, "step": 3}
-    for images in (8, 16, 100, 24):
-        path = checkpoint.save(tmp_path / "saves", images, state | {"images": images}, keep={8})
-        assert path.name == f"{images}.pt"
-    assert checkpoint.saved(tmp_path / "saves") == [8, 24, 100]  # ordered by number; a later one is left alone
-    again = checkpoint.load(tmp_path / "saves", 24)
-    assert torch.equal(again["unet"]["w"], torch.arange(4.0)) and (again["ema"], again["images"]) == (None, 24)
-    checkpoint.save(tmp_path / "saves", 32, state, only_most_recent=False)
-    assert checkpoint.saved(tmp_path / "saves") == [8, 24, 32, 100]
-    assert checkpoint.saved(tmp_path / "absent") == []
+# ---------------------------------------------------------------- checkpoints
+def state(value: float = 0.0) -> dict:
+    """A state of live tensors of several types."""
+    weights = {"conv.weight": torch.full((4, 3, 3, 3), value).to(memory_format=torch.channels_last)}
+    weights |= {"half": torch.full((5,), value, dtype=torch.bfloat16)}
+    progress = {"updates": torch.tensor(int(value)), "empty": torch.zeros(0)}
+    return {"unet": weights, "progress": progress}
+
+
+def checkpoints(folder, value: float = 0.0, **options) -> Checkpoints:
+    return Checkpoints(folder, state(value), **options)
+
+
+def fill(saves: Checkpoints, *images: int) -> None:
+    """Save the numbers of images as the state."""
+    for number in images:
+        saves.state["progress"]["updates"].fill_(number)
+        saves.save(number)
+        saves.finish()
+
+
+def test_a_state_comes_back_into_the_live_tensors(tmp_path):
+    checkpoints_of_seven = checkpoints(tmp_path, 7.0)
+    fill(checkpoints_of_seven, 16)
+    other = checkpoints(tmp_path)
+    weight = other.state["unet"]["conv.weight"]
+    other.load(16)
+    assert other.state["unet"]["conv.weight"] is weight and (weight == 7).all()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert other.state["unet"]["half"].dtype == torch.bfloat16 and (other.state["unet"]["half"] == 7).all()
+    assert int(other.state["progress"]["updates"]) == 16 and other.newest == 16
+
+
+def test_what_changes_while_it_is_written_is_not_written(tmp_path):
+    saves = checkpoints(tmp_path, 1.0)
+    big = saves.state["unet"]["big"] = torch.ones(3_000_000)
+    saves.save(8)
+    big.fill_(2.0)
+    saves.finish()
+    saves.load(8)
+    assert (big == 1).all()
+
+
+def test_older_ones_go_when_the_new_one_is_there(tmp_path):
+    saves = checkpoints(tmp_path, keep=2, always={8})
+    fill(saves, 8, 16, 24, 100, 32)
+    assert saves.saved() == [8, 24, 32, 100]  # a later one is left alone
+    saves.keep = None
+    fill(saves, 40)
+    assert saves.saved() == [8, 24, 32, 40, 100]
+    assert checkpoints(tmp_path / "absent").saved() == []
+
+
+def test_until_a_save_has_ended_it_is_no_checkpoint(tmp_path):
+    saves = checkpoints(tmp_path)
+    fill(saves, 8)
+    saves.save(16)
+    assert saves.saved() == [8]
+    while not saves.settled():
+        time.sleep(0.01)
+    assert saves.saved() == [8] and saves.newest == 8
+    saves.finish()
+    assert saves.saved() == [16] and saves.newest == 16 and not saves.settled()
+
+
+def test_traces_of_killed_saves_are_in_nobodys_way(tmp_path):
+    saves = checkpoints(tmp_path)
+    (tmp_path / ".8.tmp").mkdir(parents=True)
+    (tmp_path / ".8.tmp/.metadata").write_text("half")
+    (tmp_path / "8").mkdir()
+    (tmp_path / "8/__0_0.distcp").write_text("half deleted")
+    assert saves.saved() == []
+    fill(saves, 8)
+    assert saves.saved() == [8] and os.listdir(tmp_path) == ["8"]
+    checkpoints(tmp_path).load(8)
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "sprung",))
-
-    torch.save(Trap(), tmp_path / "5.pt")
-    with pytest.raises(CheckpointError, match="5.pt: unreadable checkpoint"):
-        checkpoint.load(tmp_path, 5)
-    assert not (tmp_path / "sprung").exists()
+    saves, sprung = checkpoints(tmp_path / "saves"), tmp_path / "sprung"
+    fill(saves, 8)
+    index = tmp_path / "saves/8/.metadata"
+    (data,) = (tmp_path / "saves/8").glob("*.distcp")
+    kept = index.read_bytes()
+    index.write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(CheckpointError, match="saves/8: unreadable checkpoint, .*pathlib.Path.touch|has no place"):
+        saves.load(8)
+    found = pickle.loads(kept)  # an index that calls a tensor a pickled object, which torch would unpickle
+    name = next(iter(found.state_dict_metadata))
+    found.state_dict_metadata[name] = BytesStorageMetadata()
+    index.write_bytes(pickle.dumps(found))
+    with pytest.raises(CheckpointError, match="saves/8: unreadable checkpoint, .*not a tensor"):
+        saves.load(8)
+    index.write_bytes(kept)
+    torch.save(Trap(sprung), data)
+    with pytest.raises(CheckpointError, match="saves/8: unreadable checkpoint"):
+        saves.load(8)
+    assert not sprung.exists()
 
 
 def test_a_cut_checkpoint_is_named(tmp_path):
-    path = checkpoint.save(tmp_path, 5, {"w": torch.zeros(1000)})
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match="5.pt: unreadable checkpoint .*; delete it to go on from the one before"):
-        checkpoint.load(tmp_path, 5)
+    saves = checkpoints(tmp_path)
+    fill(saves, 5)
+    (data,) = (tmp_path / "5").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="5: unreadable checkpoint, .*; delete it to go on from the one before"):
+        saves.load(5)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    fill(checkpoints(tmp_path), 5)
+    for change in ({"conv.weight": torch.zeros(8, 3, 3, 3)}, {"more": torch.zeros(3)}):
+        other = checkpoints(tmp_path)
+        other.state["unet"].update(change)
+        with pytest.raises(CheckpointError, match=f"5: .*of another architecture .*{next(iter(change))}"):
+            other.load(5)
 
 
 FULL_DISK = """
-import resource, signal, sys, torch
+import resource, sys, torch
 from sdtrain import checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+saves = checkpoint.Checkpoints(sys.argv[1], {"a": {"w": torch.zeros(1_000_000)}})
+saves.save(16)
 try:
-    checkpoint.save(sys.argv[1], 16, {"w": torch.zeros(1_000_000)})
+    saves.finish()
 except checkpoint.CheckpointError as error:
     print(error)
 """
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    checkpoint.save(tmp_path, 8, {"w": torch.ones(3)})
+    fill(checkpoints(tmp_path, 1.0), 8)
     output = python(FULL_DISK, tmp_path).communicate(timeout=120)[0]
-    assert "16.pt: could not be saved" in output and "the checkpoint before it is untouched" in output
-    assert os.listdir(tmp_path) == ["8.pt"] and checkpoint.load(tmp_path, 8)["w"].tolist() == [1.0, 1.0, 1.0]
+    assert "16: could not be saved (" in output and "the checkpoint before it is untouched" in output
+    assert os.listdir(tmp_path) == ["8"]
+    checkpoints(tmp_path).load(8)
+
+
+def save_by_rank(rank: int, folder: Path, full: int | None) -> str:
+    """Save from two ranks, of which `full` cannot write; returns what the rank was told."""
+    import resource
+
+    from sdtrain import dist
+
+    saves = Checkpoints(folder, state(3.0), main=rank == 0, group=dist.cpu_group())
+    saves.state["unet"] |= {f"{i}": torch.full((20_000,), float(i)) for i in range(8)}
+    fill(saves, 8)
+    if rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    try:
+        fill(saves, 16)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "saved"
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_rank_that_cannot_write_is_named_to_all(tmp_path, full):
+    for said in run_ranks(save_by_rank, 2, tmp_path, full):
+        assert f"16: could not be saved (rank {full}: " in said
+    assert os.listdir(tmp_path) == ["8"]
+
+
+def test_two_ranks_share_the_writing(tmp_path):
+    assert run_ranks(save_by_rank, 2, tmp_path, None) == ["saved", "saved"]
+    assert sorted(f.name for f in (tmp_path / "16").iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    alone = checkpoints(tmp_path)
+    alone.state["unet"] |= {f"{i}": torch.zeros(20_000) for i in range(8)}
+    alone.load(16)
+    assert all((alone.state["unet"][f"{i}"] == i).all() for i in range(8))
 
 
 # ---------------------------------------------------------------- milestones
-def fill(folder: Path, *images: int) -> None:
-    for number in images:
-        checkpoint.save(folder, number, {"images": number}, only_most_recent=False)
-
-
 def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path):
-    fill(tmp_path, 64, 96)
-    checkpoint.finish_milestone(tmp_path, 50)
-    checkpoint.start_milestone(tmp_path, 100, 64)
-    assert checkpoint.saved(tmp_path) == [64, 96]
+    saves = checkpoints(tmp_path, keep=None)
+    fill(saves, 64, 96)
+    checkpoint.finish_milestone(saves, 50, "code")
+    checkpoint.start_milestone(saves, 100, 64, "code")
+    assert saves.saved() == [64, 96]
 
 
-def test_a_forced_milestone_is_trained_again_from_the_one_before(tmp_path):
+def test_with_other_code_a_finished_milestone_is_trained_again_from_the_one_before(tmp_path):
     """Batches of 32: the milestones 50, 100 and 200 end at 64, 128 and 224 images."""
-    fill(tmp_path, 64, 128, 224)
+    saves = checkpoints(tmp_path, keep=None)
+    fill(saves, 64, 128, 224)
     for milestone in (50, 100, 200):
-        checkpoint.finish_milestone(tmp_path, milestone)
-    checkpoint.start_milestone(tmp_path, 100, 64)
-    assert checkpoint.saved(tmp_path) == [64]
+        checkpoint.finish_milestone(saves, milestone, "code")
+    checkpoint.start_milestone(saves, 100, 64, "code")
+    assert saves.saved() == [64, 128, 224]  # the same code would give the same weights
+    checkpoint.start_milestone(saves, 100, 64, "other code")
+    assert saves.saved() == [64]
     assert [p.name for p in tmp_path.glob("*.done")] == ["50.done"]
-    fill(tmp_path, 96)
-    checkpoint.start_milestone(tmp_path, 100, 64)  # killed and started again: this time it goes on
-    assert checkpoint.saved(tmp_path) == [64, 96]
+    fill(saves, 96)
+    checkpoint.start_milestone(saves, 100, 64, "other code")  # killed and started again: this time it goes on
+    assert saves.saved() == [64, 96]
 
 
 def test_the_first_milestone_starts_from_nothing(tmp_path):
-    checkpoint.start_milestone(tmp_path / "absent", 10, 0)
-    fill(tmp_path, 16)
-    checkpoint.finish_milestone(tmp_path, 10)
-    checkpoint.start_milestone(tmp_path, 10, 0)
-    assert os.listdir(tmp_path) == []
+    checkpoint.start_milestone(checkpoints(tmp_path / "absent"), 10, 0, "code")
+    saves = checkpoints(tmp_path, keep=None)
+    fill(saves, 0, 16)
+    checkpoint.finish_milestone(saves, 10, "code")
+    checkpoint.start_milestone(saves, 10, 0, "other code")
+    assert saves.saved() == [0]
 
 
 # ---------------------------------------------------------------- lock
@@ -125,7 +263,10 @@ def test_the_lock_keeps_a_second_trainer_out_until_the_first_is_gone(tmp_path):
     holder = python(HOLD, tmp_path / "run")
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="run: another process is training here; wait for it or end it"):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"run: another process is training here \(process {holder.pid} on .*\); wait for it or end it",
+        ):
             with checkpoint.lock(tmp_path / "run"):
                 pass
     finally:
@@ -133,6 +274,16 @@ def test_the_lock_keeps_a_second_trainer_out_until_the_first_is_gone(tmp_path):
         holder.communicate(timeout=60)
     for _ in range(2):
         with checkpoint.lock(tmp_path / "run"):
+            pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match=r"\.lock: this file system has no locks .*start one trainer only"):
+        with checkpoint.lock(tmp_path):
             pass
 
 
@@ -191,7 +342,7 @@ def image(folder: Path):
 
 def test_an_exported_pipeline_loads_and_can_be_moved_with_its_project(parts, tmp_path):
     folder = checkpoint.export_pipeline(
-        tmp_path / "project/runs/1/pipeline", parts, parts.unet, {"unet_raw": parts.unet}
+        tmp_path / "project/runs/1/pipeline", parts, parts.unet, {"unet_raw": parts.unet.save_pretrained}
     )
     links = {name: os.readlink(folder / name) for name in ("vae", "text_encoder", "tokenizer")}
     assert links == {name: f"../../../components/{name}" for name in links}

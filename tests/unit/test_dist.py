@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
+from ranks import run_ranks
 
-from sdtrain import dist
+from sdtrain import config, dist, schema
 from sdtrain.dist import DistError, World
 
-ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2", "SLURM_JOB_ID": "123456"}
 
@@ -78,8 +76,9 @@ def alone(monkeypatch):
 def test_one_process_needs_no_group(alone):
     here, device = dist.start()
     assert here == World(0, 1, 0, "single") and device.type in ("cpu", "cuda")
-    assert dist.mean(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
-    assert dist.any_rank(True, torch.device("cpu")) and not dist.any_rank(False, torch.device("cpu"))
+    assert dist.total(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
+    assert dist.least(7, torch.device("cpu")) == 7 and dist.gather("a") == ["a"]
+    assert dist.cpu_group() is None and dist.silent_ranks() == []
     dist.barrier()
     dist.stop()
 
@@ -103,26 +102,86 @@ def test_processes_that_cannot_meet_say_where(alone):
         dist.start("glue", timeout_minutes=0.01)
 
 
-PROGRAM = """
-import os, sys
-import torch
-from sdtrain import dist
-here, device = dist.start("gloo", timeout_minutes=1)
-device = torch.device("cpu")
-average = dist.mean(torch.tensor([float(here.rank), 10.0]))
-answers = [dist.any_rank(here.rank == 1, device), dist.any_rank(False, device)]
-dist.barrier()
-line = f"{here.rank} {here.size} {here.launcher} {average.tolist()} {answers}\\n"
-os.write(sys.stdout.fileno(), line.encode())  # in one piece: both ranks write to one pipe
-dist.stop()
-"""
+def agree(rank: int):
+    sums = dist.total(torch.tensor([float(rank), 10.0])).tolist()
+    return sums, dist.least(5 - rank, torch.device("cpu")), dist.gather({"rank": rank}, dist.cpu_group())
 
 
-def test_two_processes_average_and_agree(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "workflow"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, tmp_path / "program.py"], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = sorted(done.stdout.split("\n"))
-    assert [f"{rank} 2 torchrun [0.5, 10.0] [True, False]" for rank in (0, 1)] == [line for line in lines if line]
+def test_ranks_add_up_and_agree():
+    (sums, least, gathered), other = run_ranks(agree, 2)
+    assert (sums, least) == other[:2] == ([1.0, 20.0], 4)
+    assert gathered == [{"rank": 0}, {"rank": 1}] and other[2] is None
+
+
+def lose(rank: int, dead: int, folder) -> list[int]:
+    """One rank dies; the others come to an exchange that fails, and ask who is silent."""
+    if rank == dead:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.total(torch.zeros(1))
+    except RuntimeError:
+        silent = dist.silent_ranks(2.0)
+        (folder / str(rank)).write_text(str(silent))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_died_is_found_out(tmp_path, dead):
+    with pytest.raises(AssertionError, match="came to no end"):
+        run_ranks(lose, 2, dead, tmp_path)
+    assert (tmp_path / str(1 - dead)).read_text() == str([dead])
+
+
+# ---------------------------------------------------------------- sizes
+def system(**values):
+    return config.load(schema.SystemConfig, values={"dist_backend": None, "dist_url": "", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "expected"),
+    [
+        ({"batch_size": 4}, 2, (4, 1, 8)),
+        ({"batch_size": 4, "gradient_accumulation": 3}, 2, (4, 3, 24)),
+        ({"batch_size": 4, "global_batch": 64}, 2, (4, 8, 64)),
+        ({"batch_size": 4, "global_batch": 64, "gradient_accumulation": 99}, 16, (4, 1, 64)),
+    ],
+)
+def test_the_global_batch_decides_the_accumulation(values, world_size, expected):
+    assert dist.batch_sizes(system(**values), world_size) == expected
+
+
+def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
+    with pytest.raises(
+        DistError, match="global_batch: 50 is no multiple of 2 ranks x system.batch_size=8; set it to 48"
+    ):
+        dist.batch_sizes(system(batch_size=8, global_batch=50), 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+def test_auto_needs_a_gpu():
+    with pytest.raises(DistError, match="system.batch_size: auto looks for what fits a GPU, and there is none"):
+        dist.batch_sizes(system(batch_size="auto", global_batch=64), 2)
+
+
+def test_auto_needs_a_global_batch_of_whole_shares(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dist.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, None, 64)
+    for size in (None, 63):
+        with pytest.raises(DistError, match=f"system.global_batch, a multiple of the 2 ranks; it is {size}"):
+            dist.batch_sizes(system(batch_size="auto", global_batch=size), 2)
+
+
+# ---------------------------------------------------------------- signals
+def test_signals_are_noted_and_at_the_end_ignored():
+    before = {number: signal.getsignal(number) for number in dist.Stop.SIGNALS}
+    try:
+        for number in dist.Stop.SIGNALS:
+            stop = dist.Stop()
+            assert stop.name is None and not stop.agreed
+            os.kill(os.getpid(), number)
+            assert stop.name == signal.Signals(number).name
+        stop.ignore()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

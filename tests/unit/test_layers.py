@@ -11,10 +11,24 @@ SCRIPTS = sorted((WORKFLOW / "scripts").glob("*.py"))
 LAYERS = (  # a module imports only from the layers before its own
     {"schema"},
     {"config", "dist", "predicates", "storage"},
-    {"tables", "tars", "images", "models", "objective", "ema", "checkpoint", "sampling", "telemetry", "plan"},
+    {
+        "tables",
+        "tars",
+        "images",
+        "models",
+        "lora",
+        "objective",
+        "ema",
+        "optimizer",
+        "parallel",
+        "checkpoint",
+        "sampling",
+        "telemetry",
+        "plan",
+    },
     {"shards", "features"},
     {"sources"},
-    {"loader"},
+    {"loader", "identity"},
     {"evaluation"},
 )
 

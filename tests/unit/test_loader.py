@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -169,7 +174,7 @@ def test_a_resume_opens_no_shard_that_was_consumed(tmp_path):
         os.truncate(tar, size)
     dataset = loader.ImageDataset(str(tmp_path / "m.json"), 16, window=2)
     again = take(loader.batches(dataset, 3, start=12), 4)
-    assert all(same(one, two) for one, two in zip(whole[4:], again, strict=True)) and not dataset.lost
+    assert all(same(one, two) for one, two in zip(whole[4:], again, strict=True)) and again[-1]["lost"] == {}
     names = [shard.name for shard in dataset._load.results.values()]
     assert not {str(tar) for tar in early} & set(names[1:])  # but the very first, looked at when it was opened
 
@@ -251,12 +256,14 @@ def test_a_skipped_image_is_said(tmp_path):
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_too_many_lost_images_end_the_training(tmp_path):
     dataset = spoiled(tmp_path, set(range(0, 40, 5)))  # one in five
-    with pytest.raises(DataError, match=r"11 of \d+ samples are lost .*, the last: .*undecodable.*; rebuild or filter"):
+    with pytest.raises(
+        DataError, match=r"11 of \d+ samples .*image': 11}\), the last: .*undecodable.*; rebuild or filter"
+    ):
         keys(dataset, 100, batch_size=4)
-    assert dataset.lost == {"undecodable image": 11}
     assert len(keys(spoiled(tmp_path, set(range(0, 40, 5))), 100, batch_size=4, max_lost=0.25)) == 400
     tolerable = spoiled(tmp_path, {7, 9})  # one in twenty, for as long as it takes
     assert len(keys(tolerable, 100, batch_size=4)) == 400
+    assert len(keys(tolerable, 10, batch_size=4)) == 40  # another stream of it counts its own
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
@@ -279,7 +286,6 @@ def test_a_shard_that_cannot_be_read_ends_the_training(tmp_path, monkeypatch, wo
         with pytest.raises(DataError, match=r"a\.tar: .*; once that is right, start again"):
             keys(dataset, 1, batch_size=1, workers=workers)
         (tmp_path / "away").rename(tar)
-        assert not dataset.lost
     assert (tmp_path / "log").read_text().count("x") >= 1 + 3  # with two more tries
 
 
@@ -295,6 +301,127 @@ def test_incomplete_samples_above_the_threshold_are_refused(tmp_path):
     whole = str(write_tar(tmp_path / "b.tar", [make_sample(n) for n in range(40)]))
     filtered = loader.ImageDataset(whole, 16, filters={"pwatermark": "<=0.1"}, cache=str(tmp_path / "c"))
     filtered.require_complete(0.1)  # what filters drop is no loss
+
+
+# ---------------------------------------------------------------- batches ahead
+def behind() -> list[str]:
+    """The threads and processes of streams that are alive."""
+    threads = [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
+    return threads + ["worker" for _ in multiprocessing.active_children()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_batches_made_ahead_are_the_same(dataset, workers, count):
+    plain = take(loader.batches(dataset, 4, start=8), 24)
+    with contextlib.closing(loader.prefetched(loader.batches(dataset, 4, start=8, workers=workers), count)) as stream:
+        assert all(same(*pair) for pair in zip(plain, stream, strict=False))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ending", ["close", "forget"])
+def test_a_stream_that_is_left_leaves_nothing(dataset, workers, ending):
+    assert behind() == []
+    batches = loader.batches(dataset, 4, workers=workers)
+    stream = loader.prefetched(batches, 2)
+    next(stream)
+    assert behind() == ["prefetch", *["worker"] * workers]
+    if ending == "close":
+        stream.close()
+        assert next(stream, None) is None
+    else:
+        del stream
+    assert behind() == [] and next(batches, None) is None
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_stream_never_begun_leaves_nothing(dataset, count):
+    stream = loader.prefetched(loader.batches(dataset, 4, workers=2), count)
+    assert behind() == ["worker"] * 2
+    stream.close()
+    del stream
+    assert behind() == []
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_error_comes_in_its_place_and_leaves_nothing(tmp_path, workers, count):
+    def until_it_ends(stream) -> tuple[list[str], list[dict], str]:
+        seen, lost = [], []
+        with pytest.raises(DataError, match="samples are lost") as error:
+            for batch in stream:
+                seen += batch["key"]
+                lost.append(batch["lost"])
+        assert behind() == [], "while the error and its traceback are held"
+        return seen, lost, str(error.value)
+
+    bad = set(range(0, 40, 5))
+    plain = until_it_ends(loader.batches(spoiled(tmp_path, bad), 4))
+    ahead = loader.prefetched(loader.batches(spoiled(tmp_path, bad), 4, workers=workers), count)
+    assert until_it_ends(ahead) == plain and next(ahead, None) is None
+    totals = [sum(lost.values()) for lost in plain[1]]  # of each batch, whatever was made since
+    assert totals[-1] == 10 and totals == sorted(totals) and len(set(totals)) > 5
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_so_many_batches_are_made_ahead_and_no_more(count):
+    made, ready = [], threading.Event()
+
+    def numbers():
+        for number in range(100):
+            made.append(number)
+            if number == count:
+                ready.set()
+            yield {"number": number}
+
+    stream = loader.prefetched(numbers(), count)
+    assert next(stream) == {"number": 0} and ready.wait(60)
+    assert [next(stream)["number"] for _ in range(10)] == [*range(1, 11)]
+    stream.close()
+    assert 11 <= len(made) <= 11 + count
+
+
+def test_a_stream_that_ends_ends():
+    assert list(loader.prefetched(({"n": n} for n in range(5)), 2)) == [{"n": n} for n in range(5)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_takes_nothing_from_global_randomness(dataset, workers):
+    before = torch.get_rng_state()
+    next(loader.batches(dataset, 4, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_process_that_fails_ends_while_a_batch_is_made():
+    program = """
+import threading
+from sdtrain import loader
+def numbers():
+    yield {"n": 1}
+    threading.Event().wait()
+def fail():
+    stream = loader.prefetched(numbers(), 2)
+    next(stream)
+    raise SystemError("on purpose")
+fail()
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(loader.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "SystemError: on purpose"
+
+
+def test_less_than_no_batches_ahead_are_refused(dataset):
+    with pytest.raises(DataError, match=r"dataset\.params\.prefetch=-1: a number of batches is expected"):
+        next(loader.prefetched(loader.batches(dataset, 4), -1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has use for page-locked memory")
+@pytest.mark.parametrize("count", [0, 2])
+def test_batches_are_pinned_where_asked(dataset, count):
+    with contextlib.closing(loader.prefetched(loader.batches(dataset, 4), count, pin=True)) as stream:
+        batch = next(stream)
+    assert batch["pixels"].is_pinned() and batch["caption"]
 
 
 # ---------------------------------------------------------------- classes
@@ -355,7 +482,7 @@ def test_latents_are_read_and_broken_ones_skipped(tmp_path):
     assert batch["latents"].shape == (30, 4, 8, 8) and batch["latents"].dtype == torch.float32
     assert batch["latents"][:, 0, 0, 0].tolist() == [float(key) for key in batch["key"]]
     assert batch["caption"] == [f"caption {key}" for key in batch["key"]] and not {"3", "4"} & set(batch["key"])
-    assert dataset.lost == {"unreadable latent": 2} and dataset.empty_text is None
+    assert batch["lost"] == {"unreadable latent": 2} and dataset.empty_text is None
 
 
 def test_latents_of_classes_have_prompts(tmp_path):

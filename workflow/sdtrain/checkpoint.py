@@ -1,118 +1,244 @@
 """Save, find and load the whole training state; export a diffusers pipeline.
 
-A checkpoint is one file, named by images seen, in a folder keyed by the fingerprint of what decides the weights. It
-appears whole or not at all, and older ones go only when the new one is there.
+A checkpoint is a folder of torch.distributed.checkpoint, named by images seen, in a folder keyed by the fingerprint of
+what decides the weights. Every rank writes its share in the background; the folder appears whole or not at all, older
+ones go only when the new one is there, and any number of ranks, replicated or sharded, can read it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import pickle
 import shutil
+import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from sdtrain.config import write_text
+
+# One process without a process group is meant so
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint or run folder that cannot be used; the message names it and the remedy."""
 
 
-def save(
-    folder: str | Path, images: int, state: dict, keep: set[int] = frozenset(), only_most_recent: bool = True
-) -> Path:
-    """Write `state` as `{images}.pt`; then, where `only_most_recent`, delete older ones but those in `keep`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, aside = folder / f"{images}.pt", folder / f".{images}.tmp"
-    try:
-        torch.save(state, aside)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: could not be saved ({error}); the checkpoint before it is untouched") from error
-    if only_most_recent:
-        for old in saved(folder):
-            if old < images and old not in keep:
-                (folder / f"{old}.pt").unlink()
-    return path
+# ---------------------------------------------------------------- the state of a training
+class Checkpoints:
+    """The checkpoints of one training, whose `state` is a nested dict of its live tensors, on every rank the same keys.
 
-
-def saved(folder: str | Path) -> list[int]:
-    """Images seen of the checkpoints in a folder, ascending."""
-    return sorted(int(p.stem) for p in Path(folder).glob("*.pt") if p.stem.isdigit())
-
-
-def load(folder: str | Path, images: int, device: torch.device | str = "cpu") -> dict:
-    """Read one checkpoint (tensors and plain values only: nothing in it is executed)."""
-    path = Path(folder) / f"{images}.pt"
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: unreadable checkpoint ({error}); delete it to go on from the one before"
-        ) from error
-
-
-def start_milestone(folder: str | Path, images: int, previous: int) -> None:
-    """Prepare a folder for the job that trains up to `images` images, having `previous` behind it.
-
-    `previous` is where the milestone before it ended, with a whole batch. The mark of a finished milestone outlives its
-    declared result only if that result was removed on purpose (a forced rerun): then what lies past the previous
-    milestone is wiped, so that it is trained again. A killed job left no mark.
+    All ranks call `save`, `finish` and `load` together. `keep` is how many of the newest stay (None: all); those at
+    the image counts in `always` stay too. `group` is a process group with a CPU backend, None for one process.
     """
-    folder = Path(folder)
-    if (folder / f"{images}.done").exists():
-        wipe(folder, previous)
+
+    def __init__(
+        self, folder: str | Path, state: dict, *, main=True, group=None, keep: int | None = 1, always: set[int] = ()
+    ):
+        self.folder, self.state, self.main, self.group = Path(folder), state, main, group
+        self.keep, self.always = keep, set(always)
+        self.pending: tuple[int, object] | None = None
+        self.newest: int | None = None  # images of what was last written, or read
+
+    def saved(self) -> list[int]:
+        """Images seen of the whole checkpoints here, ascending."""
+        whole = (path.parent.name for path in self.folder.glob("*/.metadata"))
+        return sorted(int(name) for name in whole if name.isdigit())
+
+    def save(self, images: int) -> None:
+        """Copy the state as it is now, and write it as `{images}` in the background. Raises what `finish` raises."""
+        self.finish()
+        aside = self.folder / f".{images}.tmp"
+        if self.main:
+            with self._named(images):
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True, exist_ok=True)
+        writer = dcp.FileSystemWriter(aside)
+        with self._named(images):
+            future = dcp.async_save(
+                self.state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
+            )
+        self.pending = images, future
+
+    def settled(self) -> bool:
+        """Whether the last save has come to an end on this rank, well or not."""
+        return self.pending is not None and self.pending[1].done()
+
+    def finish(self) -> None:
+        """Wait for the save under way, put it in place, then delete what is no longer to be kept.
+
+        Raises CheckpointError on every rank where one of them could not write; the checkpoints before are untouched.
+        """
+        if self.pending is None:
+            return
+        (images, future), self.pending = self.pending, None
+        with self._named(images):
+            future.result()
+            self.newest = images
+            if self.main:
+                remove_checkpoint(self.folder, images)  # one that was half deleted would be in the way
+                os.replace(self.folder / f".{images}.tmp", self.folder / str(images))
+                self._prune(images)
+
+    def _prune(self, newest: int) -> None:
+        if self.keep is None:
+            return
+        rolling = [i for i in self.saved() if i <= newest and i not in self.always]
+        for images in rolling[: -self.keep or None]:
+            remove_checkpoint(self.folder, images)
+
+    @contextlib.contextmanager
+    def _named(self, images: int) -> Iterator[None]:
+        """Turn a failed write into one message, and clear away its traces."""
+        try:
+            yield
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            if self.main:
+                shutil.rmtree(self.folder / f".{images}.tmp", ignore_errors=True)
+            path = self.folder / str(images)
+            raise CheckpointError(
+                f"{path}: could not be saved ({_reason(error)}); the checkpoint before it is untouched"
+            ) from error
+
+    def load(self, images: int) -> None:
+        """Read a checkpoint into the live tensors. Nothing in it is executed.
+
+        Raises CheckpointError for one that is damaged or of another architecture.
+        """
+        path, self.newest = self.folder / str(images), images
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.load(self.state, storage_reader=_Reader(path), process_group=self.group, no_dist=self.group is None)
+        except (Exception, dcp.CheckpointException) as error:
+            raise CheckpointError(
+                f"{path}: unreadable checkpoint, or one of another architecture ({_reason(error)}); "
+                "delete it to go on from the one before"
+            ) from error
 
 
-def wipe(folder: str | Path, previous: int) -> None:
+class _Reader(dcp.FileSystemReader):
+    """Reads tensors only: of the pickled index, nothing but torch's own plain classes is made."""
+
+    def read_metadata(self, *args, **kwargs) -> dcp_metadata.Metadata:
+        """The index of a checkpoint's tensors."""
+        with open(Path(self.path, ".metadata"), "rb") as file:
+            found = _Unpickler(file).load()
+        odd = [k for k, v in found.state_dict_metadata.items() if not isinstance(v, dcp_metadata.TensorStorageMetadata)]
+        if odd:
+            raise pickle.UnpicklingError(f"{odd[0]}: not a tensor")
+        found.storage_meta = found.storage_meta or dcp_metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        """A class that an index of tensors is made of; anything else is refused."""
+        known = {
+            "torch.distributed.checkpoint.metadata": dcp_metadata.__dict__,
+            "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+            "torch.serialization": {"_get_layout"},
+            "torch": {"Size", "dtype", *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))},
+            "pathlib": {"PosixPath"},
+        }
+        if name not in known.get(module, ()) or "." in name:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+def _reason(error: BaseException) -> str:
+    """What one rank ran into, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = sorted(failures.items())[0]
+        return f"rank {rank}: {_reason(cause)}" if len(failures) < 2 else _reason(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def remove_checkpoint(folder: Path, images: int) -> None:
+    """Delete a checkpoint; one that is half deleted no longer counts as one."""
+    path = Path(folder, str(images))
+    (path / ".metadata").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- milestones
+def start_milestone(checkpoints: Checkpoints, images: int, previous: int, code: str) -> None:
+    """Prepare for the job that trains up to `images` images, having `previous` behind it.
+
+    `previous` is where the milestone before it ended, with a whole batch. A finished milestone's mark holds what code
+    it was trained with. Asked for again with other code, it is trained again from the milestone before; with the same
+    code that would give the same weights, so what is there is only exported again.
+    """
+    mark = checkpoints.folder / f"{images}.done"
+    if mark.exists() and mark.read_text().strip() != code:
+        wipe(checkpoints, previous)
+
+
+def wipe(checkpoints: Checkpoints, previous: int) -> None:
     """Delete checkpoints and marks past `previous` images."""
-    folder = Path(folder)
-    for step in saved(folder):
-        if step > previous:
-            (folder / f"{step}.pt").unlink()
-    for mark in folder.glob("*.done"):
+    for images in checkpoints.saved():
+        if images > previous:
+            remove_checkpoint(checkpoints.folder, images)
+    for mark in checkpoints.folder.glob("*.done"):
         if int(mark.stem) > previous:
             mark.unlink()
 
 
-def finish_milestone(folder: str | Path, images: int) -> None:
+def finish_milestone(checkpoints: Checkpoints, images: int, code: str) -> None:
     """Mark a milestone as finished; call it once its declared result is written."""
-    write_text(Path(folder) / f"{images}.done", "")
+    write_text(checkpoints.folder / f"{images}.done", code + "\n")
 
 
+# ---------------------------------------------------------------- one trainer a folder
 @contextlib.contextmanager
 def lock(folder: str | Path, wait_minutes: float = 0.0) -> Iterator[None]:
     """Keep a second trainer out of `folder`, or let it wait for the first one's end.
 
-    The kernel drops the lock with the process, so it never goes stale. Raises CheckpointError once the wait is over.
+    The kernel drops the lock with the process, so it never goes stale; who holds it stands in the file. Raises
+    CheckpointError once the wait is over. Where the file system knows no locks, it says so and goes on.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as file:
+    with open(Path(folder) / ".lock", "a+") as file:
         end = time.monotonic() + 60 * wait_minutes
         while not _locked(file):
+            file.seek(0)
+            busy = f"{folder}: another process is training here ({file.read().strip() or 'unknown'})"
             if time.monotonic() >= end:
-                raise CheckpointError(f"{folder}: another process is training here; wait for it or end it")
-            print(f"{folder}: another process is training here; waiting for its end", flush=True)
+                raise CheckpointError(f"{busy}; wait for it or end it")
+            print(f"{busy}; waiting for its end", flush=True)
             time.sleep(min(10.0, max(0.1, end - time.monotonic())))
+        file.truncate(0)
+        job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
         yield
 
 
 def _locked(file) -> bool:
     """Take the file's lock if it is free."""
-    with contextlib.suppress(OSError):
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
+            return False
+        warnings.warn(f"{file.name}: this file system has no locks ({error}); start one trainer only", stacklevel=3)
+    return True
 
 
+# ---------------------------------------------------------------- folders and pipelines
 def replace_folder(aside: Path, folder: Path) -> None:
     """Put a finished folder in the place of an old one."""
     old = folder.with_name(f".{folder.name}.old")
@@ -143,15 +269,15 @@ def export_pipeline(folder: str | Path, parts, unet, extra: dict[str, object] | 
     """Write a folder that `StableDiffusionPipeline.from_pretrained` loads; returns it.
 
     UNet and scheduler are written as safetensors and JSON; frozen parts that came from a local folder are linked, not
-    copied. `extra` names further folders, such as {"unet_raw": module}.
+    copied. `extra` names further folders, and what writes each of them when called with its path.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     unet.save_pretrained(aside / "unet", safe_serialization=True)
-    for name, module in (extra or {}).items():
-        module.save_pretrained(aside / name, safe_serialization=True)
+    for name, write in (extra or {}).items():
+        write(aside / name)
     parts.scheduler.save_pretrained(aside / "scheduler")
     for name, part in (("vae", parts.vae), ("text_encoder", parts.text_encoder), ("tokenizer", parts.tokenizer)):
         source = parts.folders.get(name)

@@ -308,11 +308,11 @@ VOLATILE = [
 ]
 
 
-def stage_fingerprint(config: DictConfig) -> str:
-    """Fingerprint of the keys of a stage that decide its weights.
+def decisive(config: DictConfig) -> dict:
+    """The keys of a stage that decide its weights.
 
-    Where to log, how often to save and how many loader processes run do not; data and initial weights count by their
-    own records, not by their paths.
+    Where to log, how often to save, how a batch is shared and how fast a step is computed do not; data and initial
+    weights count by their own records, not by their paths.
     """
     values = OmegaConf.to_container(config, resolve=True)
     for key in VOLATILE:
@@ -321,7 +321,25 @@ def stage_fingerprint(config: DictConfig) -> str:
         for name in path:
             section = section[name]
         section.pop(leaf, None)
-    return fingerprint(values)
+    return values
+
+
+def stage_fingerprint(config: DictConfig) -> str:
+    """Fingerprint of a stage as it was planned: of the keys that decide its weights, and of its batch sizes."""
+    sizes = {key: config.system[key] for key in ("batch_size", "gradient_accumulation", "global_batch")}
+    return fingerprint(decisive(config), sizes)
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """The keys, in dot notation, under which two nested dicts differ."""
+    found = []
+    for key in sorted({*a, *b}):
+        one, two = a.get(key), b.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += differences(one, two, f"{prefix}{key}.")
+        elif one != two:
+            found.append(f"{prefix}{key}")
+    return found
 
 
 def record_fingerprint(path: str | Path) -> str | None:

@@ -1,9 +1,14 @@
-"""Rank and world size from torchrun, else SLURM, else one process; the only reader of those variables."""
+"""This process among all ranks: rank and world size from torchrun, else SLURM, else one process; sums, signals.
+
+The only reader of the launchers' variables.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -94,21 +99,97 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean(value: torch.Tensor) -> torch.Tensor:
-    """The average of a tensor over all ranks (in place)."""
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks (in place)."""
     if dist.is_initialized():
         dist.all_reduce(value)
-        value /= dist.get_world_size()
     return value
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank; all ranks get the same answer."""
+def least(value: int, device: torch.device) -> int:
+    """The smallest of the ranks' values."""
+    found = torch.tensor(value, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
+def cpu_group():
+    """A process group that moves what lies on CPUs, for checkpoints in the background; None for one process."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def gather(value, group=None) -> list | None:
+    """Every rank's value, a plain object, on the main rank; None on the others."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return [value]
+    found = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found, group=group)
+    return found
+
+
+def silent_ranks(wait_seconds: float = 5.0) -> list[int]:
+    """After a failed exchange: the ranks that do not answer any more. Each rank that is still there calls this.
+
+    Ranks report to the rendezvous' store; if that is gone, so is the rank that keeps it, rank 0 (or its launcher).
+    """
+    if not dist.is_initialized():
+        return []
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"alive/{rank}", "1")
+        end = time.monotonic() + wait_seconds
+        while time.monotonic() < end and not store.check([f"alive/{r}" for r in range(size)]):
+            time.sleep(0.1)
+        return [r for r in range(size) if not store.check([f"alive/{r}"])]
+    except RuntimeError:
+        return [0]
+
+
+def batch_sizes(system, world_size: int) -> tuple[int | None, int | None, int]:
+    """Images a micro-batch (None: to be found), micro-batches a step (None: follows), and images a step on all ranks.
+
+    `system` is that section of a stage. Raises DistError for sizes that do not divide.
+    """
+    micro, step = system.batch_size, system.global_batch
+    if micro == "auto":
+        if not torch.cuda.is_available():
+            raise DistError("system.batch_size: auto looks for what fits a GPU, and there is none; set a number")
+        if step is None or step % world_size:
+            raise DistError(
+                f"system.batch_size: auto needs system.global_batch, a multiple of the {world_size} ranks; it is {step}"
+            )
+        return None, None, step
+    if step is None:
+        return micro, system.gradient_accumulation, micro * system.gradient_accumulation * world_size
+    if step % (micro * world_size):
+        near = max(1, round(step / (micro * world_size))) * micro * world_size
+        raise DistError(
+            f"system.global_batch: {step} is no multiple of {world_size} ranks x system.batch_size={micro}; "
+            f"set it to {near}, or another batch_size"
+        )
+    return micro, step // (micro * world_size), step
+
+
+class Stop:
+    """Whether a signal has asked to save and stop: SIGTERM, SIGUSR1 (SLURM's warning before a limit) or SIGINT."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.name: str | None = None
+        self.agreed = False  # whether a signal has come to any of the ranks
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.name = signal.Signals(number).name
+
+    def ignore(self) -> None:
+        """From now on these signals do nothing: they would kill an interpreter that is on its way out."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _set_rendezvous(env) -> None:

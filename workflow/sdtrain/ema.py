@@ -1,35 +1,62 @@
-"""Moving averages of weights."""
+"""Moving averages of the weights that are trained."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def decay_of(settings, global_batch: int) -> float:
+    """The decay an update, by a `model.ema` section: its own, or what halves the past's share in `half_life` images."""
+    return 0.5 ** (global_batch / settings.half_life) if settings.half_life else settings.decay
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, updated once per optimizer step.
+    """Exponential moving average of a module's trainable parameters, updated once per optimizer step.
 
-    The decay warms up as min(decay, (1 + k) / (10 + k)) at update k, so that early averages forget the initial weights.
+    With `warmup` the decay of update k = 1, 2, … is min(decay, (1 + k) / (10 + k)), so that early averages forget the
+    initial weights. Of sharded parameters each rank averages its own share.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.module = copy.deepcopy(module).requires_grad_(False)
-        self.decay, self.updates = decay, 0
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = True):
+        self.decay, self.warmup = decay, warmup
+        self.weights = {name: p.detach().clone() for name, p in trainable(module).items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards `module`, which has the same parameters."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1.0 - decay)
+    def update(self, module: nn.Module, k: int) -> None:
+        """Move the average towards `module`, which has the same parameters; this is update number `k`, from 1."""
+        decay = min(self.decay, (1 + k) / (10 + k)) if self.warmup else self.decay
+        torch._foreach_lerp_(_local(self.weights), _local(trainable(module)), 1.0 - decay)
 
-    def state_dict(self) -> dict:
-        """Weights and update count."""
-        return {"weights": self.module.state_dict(), "updates": self.updates}
+    @torch.no_grad()
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Start from whole weights by name; of a sharded average each rank takes its share."""
+        for name, own in self.weights.items():
+            given = weights[name].detach()
+            own.copy_(distribute_tensor(given, own.device_mesh, own.placements) if isinstance(own, DTensor) else given)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` gave."""
-        self.module.load_state_dict(state["weights"])
-        self.updates = state["updates"]
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module with the averaged weights, for as long as the context lasts."""
+        live = _local(trainable(module))
+        kept = [p.clone() for p in live]
+        torch._foreach_copy_(live, _local(self.weights))
+        try:
+            yield module
+        finally:
+            torch._foreach_copy_(live, kept)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _local(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's tensors of parameters that may be sharded."""
+    return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in weights.values()]

@@ -8,10 +8,13 @@ each `window` of consecutive shards are permuted together.
 from __future__ import annotations
 
 import json
+import queue
+import sys
+import threading
 import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -108,14 +111,13 @@ class Order:
 class PositionDataset(Dataset):
     """Item p is number p of the endless, shuffled stream: a dict of tensors and texts, the same for the same (seed, p).
 
-    An item that cannot be read has "error", a message, and "reason". `lost` counts those of `batches` by reason.
+    An item that cannot be read has "error", a message, and "reason".
     """
 
     def __init__(self, source: Source, seed: int, window: int, idx_to_prompt: str | None = None):
         self.source, self.seed = source, seed
         self.prompts = _read_prompts(idx_to_prompt) if idx_to_prompt else None
         self.order = Order(source.count, source.shards, window, seed)
-        self.lost: Counter[str] = Counter()
         self._load = Recent(source.load, window + 2)
         self.locate(0)
 
@@ -336,34 +338,46 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    pin: bool = False,
     max_lost: float = 0.1,
-) -> Iterator[dict]:
+) -> Generator[dict]:
     """Endless batches of this rank from image number `start` on.
 
     A global batch is `world_size * batch_size` consecutive positions; rank r takes the r-th run of `batch_size`.
     Tensors are stacked on a first axis, other values are lists. An unreadable sample gives its place to the next
-    readable one of the stream, which then stands twice in that epoch, and is counted in `dataset.lost`; more of them
-    than the share `max_lost` (and than 10 at all) end the training with DataError, as does a tar that cannot be read.
+    readable one of the stream, which then stands twice in that epoch; "lost" counts those of all batches so far by
+    reason. More of them than the share `max_lost` (and than 10 at all) end the training with DataError, as does a tar
+    that cannot be read.
     """
-    first, stride, seen = start + rank * batch_size, world_size * batch_size, 0
+    first, stride = start + rank * batch_size, world_size * batch_size
     loader = DataLoader(
         _Messages(dataset),
         batch_sampler=_Positions(first, stride, batch_size),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its seed of the workers would come from torch's global randomness
     )
-    for batch in loader:
-        seen += batch_size
-        if isinstance(batch, list):
-            for i, item in enumerate(batch):
-                if "error" in item:
-                    _count_lost(dataset.lost, item, seen, max_lost)
-                    batch[i] = _next_readable(dataset, first + i)
-            batch = _collate(batch)
-        first += stride
-        yield {k: v.pin_memory() if pin and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return _readable(dataset, iter(loader), first, stride, batch_size, max_lost)  # workers start here, in any thread
+
+
+def _readable(
+    dataset: PositionDataset, loaded: Iterator, first: int, stride: int, batch_size: int, max_lost: float
+) -> Generator[dict]:
+    """Batches in which other samples stand for those that cannot be read."""
+    seen, lost = 0, Counter()
+    try:
+        for batch in loaded:
+            seen += batch_size
+            if isinstance(batch, list):
+                for i, item in enumerate(batch):
+                    if "error" in item:
+                        _count_lost(lost, item, seen, max_lost)
+                        batch[i] = _next_readable(dataset, first + i)
+                batch = _collate(batch)
+            first += stride
+            yield {**batch, "lost": dict(lost)}
+    finally:
+        del loaded  # and with it the workers, which the traceback of an error would keep
 
 
 def _count_lost(lost: Counter, item: dict, seen: int, max_lost: float) -> None:
@@ -423,3 +437,58 @@ def _collate(items: list[dict]) -> dict | list[dict]:
         return items
     columns = {key: [item[key] for item in items] for key in items[0]}
     return {k: torch.stack(v) if isinstance(v[0], torch.Tensor) else v for k, v in columns.items()}
+
+
+# ---------------------------------------------------------------- batches ahead
+def prefetched(stream: Generator[dict], count: int = 2, pin: bool = False) -> Generator[dict]:
+    """The same batches, and an error in the same place: up to `count` are made ahead in a thread, with 0 none.
+
+    `pin` copies their tensors to page-locked memory. What makes the stream, such as a dataset, is the thread's from the
+    first batch on; closing this generator waits for the batch in the making and ends the thread, the stream, and with
+    it the worker processes. Raises DataError where `count` is negative.
+    """
+    if count < 0:
+        raise DataError(f"dataset.params.prefetch={count}: a number of batches is expected, 0 for none ahead")
+    made = map(_pinned, stream) if pin else stream
+    try:
+        yield from _ahead(made, count, torch.cuda.current_device() if pin else None) if count else made
+    finally:
+        if not sys.is_finalizing():  # a process that ends by an error has stopped its thread in the midst of it
+            stream.close()
+
+
+def _ahead(made: Iterator[dict], count: int, device: int | None) -> Generator[dict]:
+    slots, ready, ended = threading.Semaphore(count), queue.SimpleQueue(), threading.Event()
+    thread = threading.Thread(target=_fill, args=(made, slots, ready, ended, device), name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), BaseException):
+            slots.release()
+            yield item
+        if not isinstance(item, StopIteration):
+            raise item
+    finally:
+        ended.set()
+        slots.release()
+        thread.join()
+
+
+def _fill(
+    made: Iterator[dict],
+    slots: threading.Semaphore,
+    ready: queue.SimpleQueue,
+    ended: threading.Event,
+    device: int | None,
+) -> None:
+    """Put what is made into `ready` while there are slots, and at last the error, StopIteration at a plain end."""
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins at the first GPU, where every rank would take memory
+        while slots.acquire() and not ended.is_set():
+            ready.put(next(made))
+    except BaseException as error:  # of any kind: the thread that waits for this item is to end by it
+        ready.put(error)
+
+
+def _pinned(batch: dict) -> dict:
+    return {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

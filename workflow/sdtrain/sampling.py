@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,33 @@ from PIL import Image
 for library in (transformers, diffusers):
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
+# 40 lines on that the pipeline will use steps_offset 1 and clip_sample false, which it does with or without them
+SCHEDULER_CHANGED = r"The configuration file of this scheduler"
 
 
 def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> diffusers.StableDiffusionPipeline:
     """A pipeline folder, from disk alone, without its own progress bar."""
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SCHEDULER_CHANGED, FutureWarning)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def pipeline_of(parts, unet) -> diffusers.StableDiffusionPipeline:
+    """The pipeline that `load_pipeline` makes of an exported folder, in memory: `parts`' vae, text_encoder and
+
+    tokenizer as they are, `unet`, which should be in eval mode, and a copy of the scheduler, since a pipeline changes
+    its scheduler's configuration and sampling its state.
+    """
+    networks = {name: getattr(parts, name) for name in ("vae", "text_encoder", "tokenizer")}
+    scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
+    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SCHEDULER_CHANGED, FutureWarning)
+        pipe = diffusers.StableDiffusionPipeline(**networks, unet=unet, scheduler=scheduler, **extras)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def generate(

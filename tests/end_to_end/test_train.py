@@ -305,10 +305,11 @@ def test_captions_that_are_not_there_are_missed_at_the_start(tmp_path, train, st
 
 
 # ---------------------------------------------------------------- low-rank additions
-def test_low_rank_additions_are_trained_alone_and_exported(by_milestones, tmp_path, train, stage_yaml):
+def test_low_rank_additions_are_trained_alone_and_exported(by_milestones, tmp_path, train, stage_values):
     base = shutil.copytree(by_milestones / RUN / "16/pipeline", tmp_path / "base", symlinks=False)
-    options = [f"model.pretrained={base}", "model.lora.rank=2", "model.unet.target=null", "model.unet.params={}"]
-    result = train(tmp_path, f"config={stage_yaml}", *options, "experiment.milestones=[]", ranks=2)
+    model = {"pretrained": str(base), "lora": {"rank": 2}, "use_ema": True}  # the seed's local fine-tuning
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump({**stage_values, "model": model}))
+    result = train(tmp_path, "config=lora.yaml", "experiment.milestones=[]", ranks=2)
     assert result.codes == [0, 0], result.text
     run = tmp_path / RUN
     assert all("lora" in name for name in part(last_checkpoint(run), "unet"))

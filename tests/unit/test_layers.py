@@ -26,7 +26,7 @@ LAYERS = (  # a module imports only from the layers before its own
         "telemetry",
         "plan",
     },
-    {"shards", "features"},
+    {"shards", "features", "progress", "diffusion"},
     {"sources"},
     {"loader", "identity"},
     {"evaluation"},

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
@@ -89,6 +90,8 @@ class Checkpoints:
                 remove_checkpoint(self.folder, images)  # one that was half deleted would be in the way
                 os.replace(self.folder / f".{images}.tmp", self.folder / str(images))
                 self._prune(images)
+        if self.group is not None:
+            dist.barrier(self.group)  # it is in place for all
 
     def _prune(self, newest: int) -> None:
         if self.keep is None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -91,6 +93,13 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(message: str) -> NoReturn:
+    """Print why this process ends, and end at once: ranks that wait in an exchange must not keep it from doing so."""
+    here = world()
+    print(f"error: {message}" if here.main else f"rank {here.rank} ends: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def barrier() -> None:

@@ -92,7 +92,7 @@ def test_broken_interpolation_names_the_key():
         ("wandb: {zzzzzzzz: 1}", "unknown key wandb.zzzzzzzz; known here: api_key, entity, mode"),
         (
             "system: {batch_size: many}",
-            "system.batch_size: Value 'many' of type 'str' could not be converted to Integer",
+            "system.batch_size: 'many' is neither a positive whole number nor auto",
         ),
         ("experiment: {milestones: 5}", "experiment.milestones"),
         ("optimizer: adamw", "optimizer: a mapping of keys is expected, not 'adamw'"),
@@ -205,7 +205,7 @@ def test_overrides_reach_the_stages_and_a_stage_alone(project):
         ),
         (
             RUN.replace("{batch_size: 4}", "{batch_size: x}"),
-            "configs/r.yaml: stages.stage2: system.batch_size: Value 'x'",
+            "configs/r.yaml: stages.stage2: system.batch_size: 'x' is neither a positive whole number nor auto",
         ),
         (
             RUN.replace("init: stage1", "init: stege1"),
@@ -362,11 +362,24 @@ def test_volatile_keys_leave_the_fingerprint_and_all_others_change_it():
             value = {"optimizer.name": "adamw"}.get(key, 3)
         changed = OmegaConf.create(plain)
         OmegaConf.update(changed, key, value)
-        if config.stage_fingerprint(changed) == config.stage_fingerprint(base):
+        if config.decisive(changed) == config.decisive(base):
             unchanged.add(key)
     volatile = {k for k, _ in leaves(plain) if any(k == v or k.startswith(f"{v}.") for v in config.VOLATILE)}
     assert unchanged - {"optimizer.name"} == volatile
     assert {"experiment.seed", "optimizer.params.beta2", "model.vae.pretrained"}.isdisjoint(volatile)
+
+
+@pytest.mark.parametrize("key", ["batch_size", "gradient_accumulation", "global_batch"])
+def test_how_a_batch_is_shared_is_planned_and_decides_no_weights(key):
+    base, other = stage("", "model.vae.pretrained=sd"), stage("", "model.vae.pretrained=sd", f"system.{key}=3")
+    assert config.stage_fingerprint(base) != config.stage_fingerprint(other)
+    assert config.differences(config.decisive(base), config.decisive(other)) == []
+
+
+def test_differences_are_named_by_their_whole_keys():
+    a, b = {"x": {"y": 1, "z": [2]}, "only": 1}, {"x": {"y": 1, "z": [3]}, "other": None}
+    assert config.differences(a, b) == ["only", "x.z"]
+    assert config.differences({"x": {}}, {"x": 3}, "section.") == ["section.x"]
 
 
 def test_order_and_comments_leave_the_fingerprint(tmp_path):

@@ -152,10 +152,8 @@ def test_the_file_replaces_an_older_one_whole(unet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", ["to_z", "q", "attn1", "norm1", ""])
 def test_a_target_without_a_layer_is_named_with_those_there_are(unet, target):
-    with pytest.raises(
-        config.ConfigError,
-        match=rf"^model.lora.targets: '{target}' is no layer of the UNet; there are conv, conv1, .*to_out.0, to_q, to_v",
-    ):
+    named = rf"^model.lora.targets: '{target}' is no layer of the UNet; there are conv, conv1, .*to_out.0, to_q, to_v"
+    with pytest.raises(config.ConfigError, match=named):
         lora.add(unet, settings(targets=["to_q", target]))
     assert all(p.requires_grad for p in unet.parameters())
 

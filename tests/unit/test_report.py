@@ -60,6 +60,7 @@ def write_row(folder: Path, px: int, images: int) -> None:
     record = {"images": 2, "prompts": SEEN, "folder": str(folder / "samples"), "grids": grids, **sampling}
     write_json(folder / "samples.json", record)
     trained = {"images": images, "samples": 41, "dropped": {"filters": 7}, "global_batch": 32, "world_size": 2}
+    trained |= {"skipped": 1203, "rollbacks": 2}
     trained |= {"fingerprint": f"print{images}", "code": "digest", "versions": {"torch": "2.13.0"}}
     write_json(folder / "train.json", trained)
     kernel = {"metric": "kernel distance (Net)", "value": 0.5, "floor": 0.01}
@@ -85,6 +86,8 @@ def run(tmp_path) -> dict[str, str]:
         init = "null" if stage == "stage1" else "stage1"
         write_text(folder / stage / "config" / "train.yaml", CONFIG.format(stage=stage, px=px, init=init, key="SECRET"))
         lines = [{"images": 32 * i, "loss": 1 / i, "data_wait": 0.1, "images_per_second": 32.0} for i in range(1, 11)]
+        lines.insert(4, {"images": 140, "event": "skipped"})
+        del lines[1]["loss"]
         write_text(folder / stage / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"images": 35')
         for images in milestones:
             write_row(folder / stage / str(images), px, images)
@@ -135,7 +138,7 @@ def test_metrics(run, capsys):
     first, second = metrics["rows"][:2]
     assert first["images_per_second"] is first["loss"] is first["data_wait_share"] is None
     assert (second["images"], second["resolution"], second["loss"], second["images_per_second"]) == (320, 32, 0.1, 32.0)
-    assert second["data_wait_share"] == pytest.approx(0.1)  # 0.1 s of each second
+    assert second["data_wait_share"] == pytest.approx(0.1)  # of each second
     assert second["alignment"]["shuffled"] == 1.0 and second["frechet_distance"]["images"] == 192
     assert metrics["rows"][3]["loss"] == 0.2  # the log up to the milestone, not beyond
     assert (second["seed"], second["sampling"]["seed"]) == (5, 9)
@@ -169,6 +172,7 @@ def test_page_is_self_contained_and_escaped(run):
         "5.6 MB to train on, 780 B",
         "from <i> x height",
         "7 by filters",
+        "1,203 steps whose loss or gradient was no number",
         "num_images: 192",
     ):
         assert word in text, word

@@ -26,7 +26,8 @@ TEMPLATE = Path(__file__).resolve().parent.parent / "report" / "report.html"
 TILE = 256  # pixels a side at most, of an image in the report
 SEARCHED = 16  # shards looked through for the real image of a caption
 POINTS = 300  # of a curve
-TRAINED = ("images", "samples", "dropped", "global_batch", "world_size", "fingerprint", "code", "versions")
+TRAINED = ("images", "samples", "dropped", "skipped", "rollbacks", "global_batch", "world_size", "fingerprint")
+TRAINED += ("code", "versions")
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +69,7 @@ def read_row(folder: Path, name: str) -> dict:
 
 
 def read_log(path: Path, until: int) -> list[dict]:
-    """Lines of a training's log up to `until` images; none where nothing was trained."""
+    """Measurements in a training's log up to `until` images, without its events; none where nothing was trained."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     entries = []
     for line in lines:
@@ -76,7 +77,7 @@ def read_log(path: Path, until: int) -> list[dict]:
             entries.append(json.loads(line))
         except ValueError:
             continue  # a line cut by a kill
-    return [entry for entry in entries if entry["images"] <= until]
+    return [entry for entry in entries if entry["images"] <= until and "event" not in entry]
 
 
 # ---------------------------------------------------------------- metrics.json and the terminal
@@ -104,7 +105,8 @@ def row_metrics(folder: Path, row: dict) -> dict:
         "alignment": score and {key: value for key, value in score.items() if key != "code"},
         "images_per_second": statistics.median(e["images_per_second"] for e in log) if log else None,
         "data_wait_share": data_wait_share(log),
-        "loss": log[-1]["loss"] if log else None,
+        "loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "mfu": statistics.median(found) if (found := [e["mfu"] for e in log if "mfu" in e]) else None,
         "seed": row["config"].experiment.seed,
         "sampling": {key: samples[key] for key in ("guidance_scale", "num_inference_steps", "seed") if key in samples},
         "fingerprint": row["train"]["fingerprint"],
@@ -122,7 +124,8 @@ def row_name(row: dict) -> str:
 def data_wait_share(log: list[dict]) -> float | None:
     """The share of a training's time spent waiting for data, 0..1."""
     spans = [(now["images"] - before["images"]) / now["images_per_second"] for before, now in pairwise(log)]
-    return sum(entry["data_wait"] for entry in log[1:]) / sum(spans) if spans else None
+    waited = sum(span * entry["data_wait"] for span, entry in zip(spans, log[1:], strict=True))
+    return waited / sum(spans) if spans else None
 
 
 def terminal_table(rows: list[dict]) -> str:
@@ -262,8 +265,9 @@ def real_image(data: bytes, resolution: int) -> str | None:
 def training(folder: Path, row: dict) -> dict:
     """A stage's name, facts and curves."""
     log = read_log(folder / row["stage"] / "log.jsonl", row["train"]["images"])
-    series = {"loss": "loss", "images a second": "images_per_second"}
-    charts = [chart(title, [(entry["images"], entry[key]) for entry in log]) for title, key in series.items() if log]
+    series = {"loss": "loss", "gradient norm": "grad_norm", "images a second": "images_per_second"}
+    points = {title: [(e["images"], e[key]) for e in log if key in e] for title, key in series.items()}
+    charts = [chart(title, line) for title, line in points.items() if line]
     return {"stage": row["stage"], "train": row["train"], "resolution": row["samples"]["resolution"], "charts": charts}
 
 

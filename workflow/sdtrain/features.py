@@ -30,7 +30,8 @@ class FeatureError(ValueError):
 class ImageFeatures:
     """A frozen image network: call it with images, get float32 features N x `dim` on the CPU.
 
-    `name` is the network's, `metric` what a Frechet distance between its features is called.
+    `name` is the network's, `metric` what a Frechet distance between its features is called. `forward` takes images on
+    the network's device, uint8 or float32 in 0..255.
     """
 
     name: str
@@ -48,10 +49,12 @@ class ImageFeatures:
         return features
 
 
-def image_features(folder: str | Path, device: str | torch.device = "cpu") -> ImageFeatures:
+def image_features(
+    folder: str | Path, device: str | torch.device = "cpu", key: str = "evaluation.features"
+) -> ImageFeatures:
     """The image network that a component folder holds: FID's Inception, EfficientNet-Lite0 or a CLIP model.
 
-    Raises FeatureError where the folder holds none of them, naming what would have been one.
+    Raises FeatureError where the folder holds none of them, naming what would have been one, and `key`, which named it.
     """
     folder, device = Path(folder), torch.device(device)
     if (folder / INCEPTION).is_file():
@@ -62,17 +65,37 @@ def image_features(folder: str | Path, device: str | torch.device = "cpu") -> Im
     if is_clip(folder):
         scorer = ClipScorer(folder, device)
         name = f"CLIP {folder.name}"
-        return ImageFeatures(name, f"Frechet distance ({name})", scorer.dim, scorer.image_embeds, device)
+        return ImageFeatures(name, f"Frechet distance ({name})", scorer.dim, scorer.embed, device)
     raise FeatureError(
         f"{folder}: no image network here; a folder with {INCEPTION}, {EFFICIENTNET} or a CLIP model's config.json "
-        "is expected: make the component named in evaluation.features"
+        f"is expected: make the component named in {key}"
     )
+
+
+def perceptual_distance(folder: str | Path, device: str | torch.device = "cpu") -> Callable[..., torch.Tensor]:
+    """A function of two batches of float32 images N x 3 x H x W in 0..255: 1 - cos of their features, N in [0, 2].
+
+    Half the squared distance of features of unit length, as Zhang et al. 2018 (arXiv 1801.03924) compare those of
+    single layers. The network is frozen, gradients pass through it to the images; FeatureError where they cannot.
+    """
+    network = image_features(folder, device, "loss.perceptual_network")
+    probe = torch.linspace(0, 255, 3 * 64 * 64, device=device).view(1, 3, 64, 64).requires_grad_()
+    try:
+        network.forward(probe).square().sum().backward()
+    except RuntimeError:
+        probe.grad = None
+    if probe.grad is None or not probe.grad.any():
+        raise FeatureError(
+            f"loss.perceptual_network: {folder}: no gradient passes through {network.name} to its images; name another "
+            "network, such as efficientnet-lite0 or a CLIP model, or set loss.perceptual=0"
+        )
+    return lambda a, b: 1 - paired_cosine(network.forward(a).float(), network.forward(b).float())
 
 
 def inception(path: Path, device: torch.device) -> ImageFeatures:
     """FID's network (Heusel et al. 2017) as NVlabs' TorchScript file, which resizes and scales uint8 images itself."""
     try:
-        network = torch.jit.load(path, map_location=device).eval()
+        network = torch.jit.load(path, map_location=device).eval().requires_grad_(False)
     except RuntimeError as error:
         raise FeatureError(f"{path}: not a TorchScript file ({str(error).splitlines()[0]}); fetch it again") from None
     return ImageFeatures("Inception (FID)", "FID", 2048, lambda x: network(x, return_features=True), device)
@@ -213,9 +236,10 @@ class ClipScorer:
         self.device = torch.device(device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(self.device)
+            model = CLIPModel.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise FeatureError(f"{folder}: not a whole CLIP model ({str(error).splitlines()[0]})") from None
+        self.model = model.eval().requires_grad_(False).to(self.device)
         self.dim = self.model.config.projection_dim
         self.size = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings
@@ -223,18 +247,26 @@ class ClipScorer:
         self.std = torch.tensor(OPENAI_CLIP_STD, device=self.device).view(3, 1, 1)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """CLIP's preprocessing: shorter side to the model's, bicubic; centre crop; normalised."""
+        """CLIP's preprocessing: shorter side to the model's, bicubic; centre crop; normalised.
+
+        uint8 images stay whole numbers up to there, as files are; float ones, in 0..255, let gradients through.
+        """
         height, width = images.shape[-2:]
         scale = self.size / min(height, width)
         shape = [max(self.size, round(side * scale)) for side in (height, width)]
-        x = F.interpolate(images.float(), shape, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
+        x = F.interpolate(images.float(), shape, mode="bicubic", antialias=True).clamp(0, 255)
+        x = (x.round() if images.dtype == torch.uint8 else x) / 255
         top, left = ((side - self.size) // 2 for side in shape)
         return (x[..., top : top + self.size, left : left + self.size] - self.mean) / self.std
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Projected embeddings N x E, not normalised, of images in 0..255 on the model's device."""
+        return self.model.get_image_features(self.pixels(images)).pooler_output
 
     @torch.inference_mode()
     def image_embeds(self, images: torch.Tensor) -> torch.Tensor:
         """Projected image embeddings N x E of uint8 images, not normalised."""
-        return self.model.get_image_features(self.pixels(checked(images).to(self.device))).pooler_output.float()
+        return self.embed(checked(images).to(self.device)).float()
 
     @torch.inference_mode()
     def text_embeds(self, captions: list[str]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -326,29 +326,49 @@ class DataConfig:
 # ---------------------------------------------------------------- components
 @dataclass
 class AutoencoderLoss:
+    """Weights of the terms of the loss; a term of weight 0 is not computed."""
+
     l1: float = 1.0
     l2: float = 2.0
     low_pass: float = 1.0  # L1 of the image averaged over 4x4 blocks
     gradient: float = 1.0  # L1 of horizontal and vertical differences
     chroma: float = 1.0  # L1 of R-G and B-G
     kl: float = 1.0e-4
+    perceptual: float = 0.0  # 1 - cosine of the images' features
+    perceptual_network: str | None = None  # whose: the folder of an image network, a component
 
 
 @dataclass
 class AutoencoderConfig:
-    """How `train_autoencoder` makes a component."""
+    """How `train_autoencoder` makes a component; sections and keys that a stage has too mean the same."""
 
-    data: str = MISSING
-    resolution: int = 64
+    data: str = MISSING  # configs/data/{data}.yaml
+    resolution: int = 64  # pixels a side
     num_examples_to_see: int = MISSING
-    batch_size: int = 16
-    learning_rate: float = 2.0e-3
-    warmup_length: int = 100
+    batch_size: int = 16  # images per process; those of all processes together are an optimizer step
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(params=OptimizerParams(learning_rate=2.0e-3, beta2=0.99))
+    )
+    lr_scheduler: LRConfig = field(
+        default_factory=lambda: LRConfig(
+            scheduler="CosineWithWarmup",
+            # the nearest section of that name: this one lies inside a component's entry too
+            params=LRParams(learning_rate="${...optimizer.params.learning_rate}", warmup_length=100),
+        )
+    )
     ema_decay: float = 0.999
-    save_every: int = 500  # steps
+    mixed_precision: Literal["bf16"] | None = None  # type: ignore[assignment]
+    save_every: int = 500  # optimizer steps between checkpoints, each with a measurement of held-out images
     log_every: int = 50
+    max_nonfinite: int = 5
+    max_rollbacks: int = 3
+    wait_minutes: float = 0.0
+    workers: int = 0  # loader processes per rank
+    prefetch: int = 2
     threads: int | None = None
     seed: int = 0
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # by default online where a key is known
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
     params: dict[str, Any] = field(default_factory=dict)  # of diffusers' AutoencoderKL
 

@@ -17,9 +17,10 @@ import yaml
 from PIL import Image
 from pyarrow import csv
 from safetensors.torch import load_file
+from samples import load_script
 from trainings import SCRIPTS, environment, last_checkpoint, log, losses, part, refused, same, weights
 
-from sdtrain import config, loader, sampling, schema, tars
+from sdtrain import config, dist, identity, loader, sampling, schema, tars
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
@@ -67,6 +68,8 @@ def test_a_global_batch_teaches_the_same_however_it_is_shared(one_batch, tmp_pat
     assert result.codes == [0] * ranks, result.text
     assert [line["images"] for line in log(tmp_path / RUN)] == [4, 8, 12, 16]
     assert [line["lr"] for line in log(tmp_path / RUN)] == [5e-4, 1e-3, 1e-3, 1e-3]  # warm-up counts optimizer steps
+    saved = {int(path.parent.name) for path in (tmp_path / RUN).glob("checkpoints/*/*/.metadata")}
+    assert saved == {8, 16}  # so does save_every=2, of which keep_checkpoints=2 stay
     alike(tmp_path / RUN, one_batch)
     whole = [weights(run / "pipeline") for run in (tmp_path / RUN, one_batch)]
     assert same(*whole, atol=1e-5, rtol=1e-4)
@@ -90,6 +93,29 @@ def test_a_switch_for_speed_changes_no_result(one_batch, tmp_path, train, stage_
     alike(tmp_path / RUN, one_batch)
     records = [json.loads((run / "16/train.json").read_text()) for run in (tmp_path / RUN, one_batch)]
     assert records[0]["fingerprint"] == records[1]["fingerprint"]
+
+
+def test_the_log_tells_what_a_training_is_judged_by(tmp_path, train, stage_yaml):
+    options = ["system.peak_tflops=0.001", "experiment.log_every=8", "experiment.milestones=[]"]
+    result = train(tmp_path, f"config={stage_yaml}", *options, ranks=2)
+    assert result.codes == [0, 0], result.text
+    entry = json.loads((tmp_path / RUN / "log.jsonl").read_text().splitlines()[-1])
+    quartiles = [entry[key] for key in entry if key.startswith("loss_q")]
+    assert len(quartiles) >= 2 and min(quartiles) <= entry["loss"] <= max(quartiles)
+    assert entry["images_per_second"] == pytest.approx(2 * entry["images_per_second_per_gpu"], rel=1e-4)
+    assert 0 < entry["mfu"] and 0 <= entry["data_wait"] <= 1 and entry["memory_gb"] > 0.1 and entry["grad_norm"] > 0
+
+
+def test_a_process_has_the_threads_it_is_told(tmp_path, stage_values):
+    """Seen at a training that is finished already: it sets them, and ends."""
+    options = ["system.threads=3", f"experiment.log_dir={tmp_path}"]
+    cfg, before = config.load(schema.StageConfig, values=stage_values, overrides=options), torch.get_num_threads()
+    config.write_json(tmp_path / "tiny/stage1/16/train.json", {"fingerprint": identity.identify(cfg, 2).key})
+    try:
+        assert load_script("train").train(cfg, dist.world({}), torch.device("cpu"), stop=None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_half_precision_learns_nearly_the_same(one_batch, tmp_path, train, stage_yaml):
@@ -294,6 +320,14 @@ def test_captions_are_drawn_at_each_save_by_all_ranks(tmp_path, train, stage_yam
         found, wanted = (np.asarray(image, np.int16) for image in (drawn["16"].crop(box), expected[i]))
         assert np.abs(found - wanted).max() <= 2
     assert np.asarray(drawn["8"]).tolist() != np.asarray(drawn["16"]).tolist()
+
+
+def test_captions_may_be_a_column_of_a_table(tmp_path, stage_values):
+    """The seed's file was a CSV of uid and caption."""
+    (tmp_path / "captions.csv").write_text('uid,caption\n1,"a red, square"\n2,\n3,a circle\n')
+    values = {"log_dir": "", "project": "", "name": "", "eval_caption_file": f"{tmp_path}/captions.csv"}
+    experiment = config.load(schema.ExperimentConfig, values=values)
+    assert load_script("train").read_captions(experiment) == ["a red, square", "a circle"]
 
 
 @pytest.mark.parametrize("text", [None, "\n \n"])
@@ -572,6 +606,10 @@ MISTAKES = {
     "a batch of nothing": (["system.batch_size=0"], ["system.batch_size", "0"]),
     "a found batch without a GPU": (["system.batch_size=auto"], ["system.batch_size", "auto", "GPU"]),
     "sharding over one": (["distributed.strategy=fsdp"], ["distributed.strategy", "ddp"]),
+    "sharded additions": (
+        ["distributed.strategy=fsdp", "model.lora.rank=2"],
+        ["model.lora", "distributed.strategy=ddp"],
+    ),
     "flow with SNR weights": (
         [
             "objective.snr_gamma=5",

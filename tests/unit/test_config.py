@@ -100,6 +100,20 @@ def test_broken_interpolation_names_the_key():
         ("model: {gradient_checkpointing: sometimes}", "model.gradient_checkpointing"),
         ("model: {mixed_precision: fp16}", "model.mixed_precision: 'fp16' is not one of bf16; did you mean bf16?"),
         ("dataset: {type: Webdataset}", "dataset.type: 'Webdataset' is not one of WebDataset, Classi"),
+        ("experiment: {save_every: 0}", "experiment.save_every: 0 is less than 1"),
+        ("experiment: {keep_checkpoints: 0}", "experiment.keep_checkpoints: 0 is less than 1"),
+        ("system: {gradient_accumulation: 0}", "system.gradient_accumulation: 0 is less than 1"),
+        ("model: {lora: {rank: 0}}", "model.lora.rank: 0 is less than 1"),
+        ("objective: {caption_dropout: 2}", "objective.caption_dropout: 2.0 is no share between 0 and 1"),
+        ("dataset: {params: {batch_size: 5}}", "dataset.params.batch_size: 5 repeats system.batch_size, which is 32"),
+        (
+            "experiment: {num_examples_to_see: 8, stop_at: 9}",
+            "experiment.stop_at: 9 must lie between 0 and num_examples_to_see=8",
+        ),
+        (
+            "experiment: {num_examples_to_see: 8, milestones: [4, 9]}",
+            "experiment.milestones: [4, 9] must lie between 0 and num_examples_to_see=8",
+        ),
         ("[a, b]", "a mapping of keys is expected at the top level"),
         ("a: [1", "not valid YAML"),
     ],
@@ -111,6 +125,19 @@ def test_refusals_name_file_and_key(tmp_path, text, message):
         config.load(schema.StageConfig, file)
     assert str(error.value).startswith(f"{file}: ")
     assert message in str(error.value)
+
+
+STAGE_CHOICES = [key for key in config.CHOICES if OmegaConf.select(stage(), key, default="no key") != "no key"]
+
+
+@pytest.mark.parametrize("key", STAGE_CHOICES)
+def test_what_is_not_a_choice_is_refused_with_those_that_are(key):
+    allowed = config.CHOICES[key]
+    for value in allowed:
+        assert OmegaConf.select(stage("", f"{key}={value}"), key) == value
+    with pytest.raises(ConfigError) as error:
+        stage("", f"{key}=none-of-them")
+    assert f"{key}: 'none-of-them' is not one of {', '.join(allowed)}" in str(error.value)
 
 
 def test_refusals_of_the_command_line_say_so():
@@ -218,7 +245,7 @@ def test_overrides_reach_the_stages_and_a_stage_alone(project):
         ),
         (
             RUN.replace("[50, 0, 50]", "[500]"),
-            "experiment.milestones: each must lie between 0 and num_examples_to_see=100",
+            "stages.stage1: experiment.milestones: [500] must lie between 0 and num_examples_to_see=100",
         ),
         (
             RUN.replace("num_examples_to_see: 40", "save_every: 4"),

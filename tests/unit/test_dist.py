@@ -113,6 +113,19 @@ def test_ranks_add_up_and_agree():
     assert gathered == [{"rank": 0}, {"rank": 1}] and other[2] is None
 
 
+def meet(rank: int, system) -> list[float]:
+    """Leave the group and meet again where a `system` section says."""
+    dist.stop()
+    dist.start(system.dist_backend, system.dist_url, timeout_minutes=0.5)
+    return dist.total(torch.tensor([1.0, float(rank)])).tolist()
+
+
+def test_ranks_meet_where_they_are_told(tmp_path):
+    where = ["distributed.dist_backend=gloo", f"distributed.dist_url=file://{tmp_path}/store"]
+    section = config.load(schema.StageConfig, overrides=where).system
+    assert run_ranks(meet, 2, section) == [[2.0, 1.0]] * 2 and (tmp_path / "store").exists()
+
+
 def lose(rank: int, dead: int, folder) -> list[int]:
     """One rank dies; the others come to an exchange that fails, and ask who is silent."""
     if rank == dead:

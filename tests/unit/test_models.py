@@ -58,6 +58,28 @@ def test_a_part_may_be_the_root_of_its_own_folder(build, tiny_parts):
     assert parts.folders["vae"] == tiny_parts / "vae" and type(parts.scheduler).__name__ == "DDIMScheduler"
 
 
+def test_a_unet_of_a_folder_is_trained_further(build, tiny_unet_params, tmp_path):
+    torch.manual_seed(5)
+    saved = diffusers.UNet2DConditionModel(**tiny_unet_params).half()
+    saved.save_pretrained(tmp_path / "unet")
+    found = build(unet={"pretrained": str(tmp_path)}).unet
+    for before, after in zip(saved.parameters(), found.parameters(), strict=True):
+        assert after.requires_grad and after.dtype == torch.float32 and torch.equal(after, before.float())
+
+
+def test_a_tokenizer_may_be_made_of_its_vocabulary(build):
+    params = {"vocab": {"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, "merges": [], "model_max_length": 4}
+    found = build(tokenizer={"target": "transformers.CLIPTokenizer", "params": params}).tokenizer
+    assert found(["a"], padding="max_length").input_ids == [[1, 0, 2, 2]]
+
+
+def test_a_text_encoder_comes_from_a_folder(build):
+    """Those of transformers are made from an object, not from arguments."""
+    part = {"target": "transformers.CLIPTextModel", "params": {"hidden_size": 32}}
+    with pytest.raises(ModelError, match="^model.text_encoder.params: CLIPTextModel refuses them: .*hidden_size'$"):
+        build(text_encoder=part)
+
+
 def test_a_whole_pipeline_serves_the_parts_that_are_not_named(tiny_parts, tiny_unet_params):
     model = section(tiny_parts, tiny_unet_params, **{part: {} for part in models.PARTS}, pretrained=str(tiny_parts))
     parts = models.load_parts(model)  # the UNet's own class comes before model.pretrained, which has none
@@ -124,6 +146,14 @@ def test_what_a_pretrained_scheduler_does_not_take_names_its_key(build, tiny_par
         (
             {"unet": {"target": "UNet3000"}},
             "model.unet.target: UNet3000: a class of diffusers or transformers is expected",
+        ),
+        (
+            {"tokenizer": {"target": "transformers.CLIPTokenizer", "params": {"vocab_file": "vocab.json"}}},
+            "model.tokenizer.params.vocab_file: is not read; set vocab and merges, or model.tokenizer.pretrained",
+        ),
+        (
+            {"text_encoder": {"target": "transformers.AutoModel"}},
+            "model.text_encoder.params: AutoModel refuses them: AutoModel is designed to be instantiated",
         ),
         ({"unet": {"target": "os.system"}}, "model.unet.target: os.system: a class of"),
         ({"unet": {"target": "transformers.pipeline"}}, "model.unet.target: transformers.pipeline: a class of"),

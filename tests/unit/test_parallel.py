@@ -154,6 +154,16 @@ def test_ranks_exchange_at_the_last_micro_batch_only(tiny_unet_params, strategy)
         assert lone0 is None and lone1 is None  # sharded gradients come into being at the exchange
 
 
+@pytest.mark.parametrize("max_norm", [0.5, 2.0, None])
+def test_gradients_are_scaled_down_to_the_largest_norm(max_norm):
+    module = torch.nn.Linear(1, 1)
+    module.weight.grad, module.bias.grad = torch.full((1, 1), 0.6), torch.full((1,), 0.8)
+    assert parallel.clip_gradients(module, max_norm).item() == pytest.approx(1.0)
+    scale = 0.5 if max_norm == 0.5 else 1.0
+    found = [module.weight.grad.item(), module.bias.grad.item()]
+    assert found == pytest.approx([0.6 * scale, 0.8 * scale], rel=1e-5)
+
+
 def start_average(rank: int, params: dict):
     """A sharded average that starts from other weights, whole; and the UNet that it is applied to."""
     unet = network(params)
@@ -195,3 +205,32 @@ def test_what_is_compiled_computes_the_same(tiny_unet_params, how):
 def test_blocks_are_those_that_repeat(tiny_unet_params):
     kinds = {type(block).__name__ for block in parallel.blocks(network(tiny_unet_params))}
     assert kinds == {"ResnetBlock2D", "Transformer2DModel"}
+
+
+# ---------------------------------------------------------------- micro-batches that fit
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands in for the memory of a GPU of 100 bytes: gpu(images) uses 12 a piece."""
+    used = [0]
+    properties = type("Properties", (), {"total_memory": 100})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: used.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def attempt(images: int, each: int = 12) -> None:
+        if images * each > 100:
+            raise torch.OutOfMemoryError
+        used[0] = images * each
+
+    return attempt
+
+
+@pytest.mark.parametrize(("share", "found"), [(64, 4), (6, 6), (7, 7), (1, 1), (9, 3), (16, 4)])
+def test_the_largest_divisor_that_leaves_a_tenth_free_is_found(gpu, share, found):
+    assert parallel.largest_that_fits(share, gpu, CPU) == found  # 8 would fill 96 of 100
+
+
+def test_what_does_not_fit_at_all_is_refused(gpu):
+    with pytest.raises(DistError, match="not even one image fits the GPU; set model.gradient_checkpointing=true"):
+        parallel.largest_that_fits(8, lambda images: gpu(images, 200), CPU)

@@ -404,6 +404,12 @@ def test_an_offline_run_is_written_without_the_key(tmp_path, environment):
     assert_not_written(tmp_path)
 
 
+def test_a_run_is_filed_under_entity_project_and_name(tmp_path, environment):
+    run = start_wandb(stage(tmp_path, entity="team", mode="offline"), tmp_path, "abc")
+    assert (run.settings.entity, run.settings.project, run.settings.run_name) == ("team", "p", "n")
+    run.finish()
+
+
 def test_wandb_gets_each_entry_by_its_images_and_pictures(tmp_path, environment):
     telemetry = Telemetry(None, total=30, wandb=start_wandb(stage(tmp_path), tmp_path, "abc"))
     for images in (10, 20):

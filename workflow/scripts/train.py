@@ -7,6 +7,7 @@ step and end with exit code 75; the file `requeue` in the folder then asks to be
 """
 
 import contextlib
+import csv
 import math
 import os
 import sys
@@ -142,9 +143,10 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
             slot = (micro * here.size + here.rank) * micro_batch
             draws = objective.draw(cfg.objective, e.seed, position, global_batch, range(slot, slot + micro_batch))
             torch.manual_seed(draws.offset_seeds[0])  # of dropout inside the UNet
-            with parallel.exchange(net.model, now=micro + 1 == accumulation), net.kernel:
+            with parallel.exchange(net.model, now=micro + 1 == accumulation):
                 each = diffusion.batch_losses(net, batch, draws, dataset, cfg.objective)
-                (each.mean() / accumulation).backward()
+                with net.kernel:  # what was not kept is computed again
+                    (each.mean() / accumulation).backward()
             quartile = (draws.time * QUARTILES).long().to(device)
             losses.index_add_(0, quartile, each.detach().double())
             images.index_add_(0, quartile, torch.ones_like(each, dtype=torch.float64))
@@ -238,13 +240,16 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
 
 def read_captions(experiment) -> list[str]:
     """The first `num_eval_images` captions of `eval_caption_file`. Raises ConfigError where there is none."""
+    path = Path(experiment.eval_caption_file)
     try:
-        lines = Path(experiment.eval_caption_file).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise config.ConfigError(f"experiment.eval_caption_file: {error}") from None
+    if path.suffix == ".csv":
+        lines = [row.get("caption") or "" for row in csv.DictReader(lines)]
     captions = [line.strip() for line in lines if line.strip()][: experiment.num_eval_images]
     if not captions:
-        raise config.ConfigError(f"experiment.eval_caption_file: {experiment.eval_caption_file}: no caption in it")
+        raise config.ConfigError(f"experiment.eval_caption_file: {path}: no caption in it")
     return captions
 
 

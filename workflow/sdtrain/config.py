@@ -53,6 +53,30 @@ CHOICES = {
     "table.kind": ("files", "hub", "emoji"),
     "source": ("package", "folder", "url", "hub", "train"),
 }
+LEAST = {  # the smallest value of keys that count something
+    **dict.fromkeys(("system.gradient_accumulation", "system.global_batch", "system.threads"), 1),
+    **dict.fromkeys(("experiment.save_every", "experiment.log_every", "experiment.keep_checkpoints"), 1),
+    **dict.fromkeys(("experiment.max_nonfinite", "experiment.num_eval_images", "experiment.eval_steps"), 1),
+    **dict.fromkeys(
+        ("dataset.params.window", "dataset.params.resolution", "model.lora.rank", "model.ema.half_life"), 1
+    ),
+    **dict.fromkeys(("system.workers", "dataset.params.workers", "dataset.params.prefetch"), 0),
+    **dict.fromkeys(("experiment.num_examples_to_see", "experiment.max_rollbacks", "experiment.wait_minutes"), 0),
+    **dict.fromkeys(("lr_scheduler.params.warmup_length", "objective.offset_noise", "objective.logit_std"), 0),
+}
+SHARES = (
+    *("objective.caption_dropout", "dataset.params.max_lost", "model.ema.decay", "model.lora.dropout"),
+    *(
+        "optimizer.params.beta1",
+        "optimizer.params.beta2",
+        "lr_scheduler.params.decay_from",
+        "lr_scheduler.params.final",
+    ),
+)
+REPEATS = {  # the seed's dataset section says these again
+    "dataset.params.batch_size": "system.batch_size",
+    "dataset.params.num_examples_to_see": "experiment.num_examples_to_see",
+}
 
 
 def load(schema: type, path: str | Path | None = None, overrides: list[str] = (), values: Any = None) -> DictConfig:
@@ -79,7 +103,7 @@ def load(schema: type, path: str | Path | None = None, overrides: list[str] = ()
     for key in _open_keys(OmegaConf.to_container(values)):  # a merge would keep the default under ???
         if OmegaConf.select(dotlist, key, default="???") == "???":
             OmegaConf.update(config, key, "???")
-    _check_choices(config, where)
+    _check_values(config, where)
     return config
 
 
@@ -224,7 +248,7 @@ def load_stage(run: str, stage: str, overrides: list[str] = ()) -> DictConfig:
         "experiment.name": stage,
         "dataset.params.path": _dataset_path(run_config, config),
     }
-    _set_milestones(config.experiment, where)
+    _set_milestones(config.experiment)
     for key, value in facts.items():
         if value is not None and OmegaConf.select(config, key, throw_on_missing=False) is None:
             OmegaConf.update(config, key, value)
@@ -237,14 +261,11 @@ def load_stage(run: str, stage: str, overrides: list[str] = ()) -> DictConfig:
     return require(config, where)
 
 
-def _set_milestones(experiment: DictConfig, where: str) -> None:
+def _set_milestones(experiment: DictConfig) -> None:
     """Sort the milestones and end them with the whole stage."""
     if OmegaConf.is_missing(experiment, "num_examples_to_see"):
         return
-    end = experiment.num_examples_to_see
-    if any(not 0 <= m <= end for m in experiment.milestones):
-        raise ConfigError(f"{where}: experiment.milestones: each must lie between 0 and num_examples_to_see={end}")
-    experiment.milestones = sorted({*experiment.milestones, end})
+    experiment.milestones = sorted({*experiment.milestones, experiment.num_examples_to_see})
 
 
 def freeze_stage(config: DictConfig) -> DictConfig:
@@ -469,18 +490,39 @@ def _check_keys(schema: type, values: Any, source: str, prefix: str = "") -> Non
             raise ConfigError(f"{source}: {prefix}{key}: a mapping of keys is expected, not {value!r}")
 
 
-def _check_choices(config: DictConfig, where: str) -> None:
-    size = OmegaConf.select(config, "system.batch_size", throw_on_missing=False)
-    if size is not None and size != "auto" and not (isinstance(size, int) and size > 0):
-        raise ConfigError(f"{where}: system.batch_size: {size!r} is neither a positive whole number nor auto")
-    for key, allowed in CHOICES.items():
-        value = None
+def _check_values(config: DictConfig, where: str) -> None:
+    """Refuse values that are no choice, out of range, or at odds with another key."""
+
+    def value_of(key: str) -> Any:
         with contextlib.suppress(OmegaConfBaseException):  # an interpolation that leads nowhere: `require` names it
-            value = OmegaConf.select(config, key, throw_on_missing=False)
-        if value is not None and value not in allowed:
-            raise ConfigError(
-                f"{where}: {key}: {value!r} is not one of {', '.join(allowed)}{_nearest(str(value), list(allowed))}"
-            )
+            return OmegaConf.select(config, key, throw_on_missing=False)
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"{where}: {key}: {value_of(key)!r} {why}")
+
+    for key, allowed in CHOICES.items():
+        if (value := value_of(key)) is not None and value not in allowed:
+            refuse(key, f"is not one of {', '.join(allowed)}{_nearest(str(value), list(allowed))}")
+    size = value_of("system.batch_size")
+    if size not in (None, "auto") and not (isinstance(size, int) and size > 0):
+        refuse("system.batch_size", "is neither a positive whole number nor auto")
+    for key, least in LEAST.items():
+        if (value := value_of(key)) is not None and value < least:
+            refuse(key, f"is less than {least}")
+    for key in SHARES:
+        if (value := value_of(key)) is not None and not 0 <= value <= 1:
+            refuse(key, "is no share between 0 and 1")
+    for key, followed in REPEATS.items():
+        if value_of(key) != value_of(followed):
+            refuse(key, f"repeats {followed}, which is {value_of(followed)!r}; set that one")
+    end = value_of("experiment.num_examples_to_see")
+    for key in ("experiment.stop_at", "experiment.milestones"):
+        if end is not None and any(not 0 <= images <= end for images in _as_list(value_of(key))):
+            refuse(key, f"must lie between 0 and num_examples_to_see={end}")
+
+
+def _as_list(value: Any) -> list:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:

@@ -49,6 +49,10 @@ def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Netw
     if cfg.init:
         models.load_weights(unet, cfg.init, "init", cfg.init_weights)
     if cfg.model.lora.rank is not None:
+        if cfg.distributed.strategy == "fsdp":
+            raise models.ModelError(
+                "model.lora: additions are few weights, not to be sharded; set distributed.strategy=ddp"
+            )
         lora.add(unet, cfg.model.lora)
     encode_text = models.TextEncoding(parts.tokenizer, parts.text_encoder, device)
     empty_text, latents_shape = encode_text([""]), (unet.config.in_channels, side, side)
@@ -115,7 +119,7 @@ def batch_losses(net: Network, batch: dict, draws: objective.Draws, dataset, set
         noisy = objective.add_noise(net.process, clean, noise, t).to(memory_format=net.layout)
         target = objective.target(net.process, clean, noise, t)
         weights = objective.snr_weights(net.process, t, settings.snr_gamma)
-    with net.autocast:
+    with net.autocast, net.kernel:
         output = net.model(noisy, t, encoder_hidden_states=text).sample
         return objective.loss(output, target, weights)
 

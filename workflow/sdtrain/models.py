@@ -188,6 +188,10 @@ def _text_encoder_class(source: str, where: dict):
 
 def _from_target(name: str, part):
     cls, params = _target_class(name, part.target), OmegaConf.to_container(part.params, resolve=True)
+    if "vocab_file" in params:  # transformers 5 passes over it, and makes up numbers for tokens
+        raise ModelError(
+            f"model.{name}.params.vocab_file: is not read; set vocab and merges, or model.{name}.pretrained"
+        )
     with _refusals(name, cls):
         _check_divisors(name, cls, params)
         return cls(**params)
@@ -218,7 +222,7 @@ def _refusals(name: str, cls: type):
         yield
     except ModelError:
         raise
-    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError, OSError) as error:
         raise ModelError(f"model.{name}.params: {cls.__name__} refuses them: {_first_line(error)}") from error
 
 

@@ -77,7 +77,7 @@ def test_a_global_batch_teaches_the_same_however_it_is_shared(one_batch, tmp_pat
 
 SWITCHES = {
     "memory format": ["system.channels_last=true"],
-    "fused optimizer": ["optimizer.fused=true"],
+    "optimizer in parts": ["optimizer.fused=false"],
     "recomputation": ["model.gradient_checkpointing=true"],
     "attention": ["model.attention=math"],
     "no batches ahead": ["dataset.params.prefetch=0"],

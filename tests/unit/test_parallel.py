@@ -38,7 +38,7 @@ class Training:
     def __init__(self, folder, strategy: str, size: int, params: dict, seed: int = 0):
         self.unet = network(params, seed)
         self.model = parallel.spread(self.unet, strategy, size, CPU)
-        self.optimizer = adamw(self.unet, config.load(schema.OptimizerConfig), CPU)
+        self.optimizer = adamw(self.unet, config.load(schema.OptimizerConfig))
         self.ema = Ema(self.unet, 0.5)
         state = {"unet": trainable(self.unet), "optimizer": state_by_name(self.optimizer, self.unet)}
         state |= {"ema": self.ema.weights}

@@ -67,7 +67,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     about, kept = dataset.describe(), {"samples": dataset.source.kept, "dropped": dataset.dropped}
     captions = read_captions(e) if e.eval_caption_file else []
     net = diffusion.build(cfg, here.size, device, global_batch)
-    optimizer = adamw(net.unet, cfg.optimizer, device)
+    optimizer = adamw(net.unet, cfg.optimizer)
 
     # State: with the configuration all that a resume needs, as every random number follows from an image's number
     progress = Progress(QUARTILES)

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 
-def adamw(module: nn.Module, settings, device: torch.device) -> torch.optim.AdamW:
+def adamw(module: nn.Module, settings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) of an `optimizer` section.
 
     Its moments are made at once, as zeros: a checkpoint is then read into them in place.
     """
-    p, fused = settings.params, device.type == "cuda" if settings.fused is None else settings.fused
+    p = settings.params
     weights = [w for w in module.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(
-        weights, p.learning_rate, (p.beta1, p.beta2), p.epsilon, p.weight_decay, fused=fused or None
+        weights, p.learning_rate, (p.beta1, p.beta2), p.epsilon, p.weight_decay, fused=settings.fused or None
     )
     for w in weights:
-        step = torch.zeros((), dtype=torch.float32, device=w.device if fused else "cpu")
+        step = torch.zeros((), dtype=torch.float32, device=w.device if settings.fused else "cpu")
         optimizer.state[w] = {"step": step, "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
     return optimizer
 

@@ -43,7 +43,7 @@ class ExperimentConfig:
     project: str = MISSING
     name: str = MISSING
     num_examples_to_see: int = MISSING
-    milestones: list[int] = field(default_factory=list)  # images seen at which a pipeline is exported
+    milestones: list[int] = field(default_factory=list)  # images seen at which the workflow exports and measures
     stop_at: int | None = None  # end this job at that milestone; the schedule still spans the whole stage
     save_every: int = 2000  # optimizer steps between rolling checkpoints
     save_only_most_recent: bool = True  # keep the last keep_checkpoints and those of milestones; otherwise all
@@ -52,7 +52,7 @@ class ExperimentConfig:
     max_rollbacks: int = 3  # times back to one checkpoint before the training gives up
     requeue: bool = True  # go on from the folder's checkpoint; without it, start anew
     wait_minutes: float = 0.0  # for another process that is training in the folder, before giving up
-    eval_caption_file: str | None = None  # captions, one a line, that a grid is drawn from at every save
+    eval_caption_file: str | None = None  # captions, one a line or in a CSV's caption column, drawn at every save
     num_eval_images: int = 8
     eval_steps: int = 25  # of that grid's sampler
     eval_guidance_scale: float = 5.0
@@ -74,7 +74,7 @@ class OptimizerConfig:
     name: str = "adamw"
     params: OptimizerParams = field(default_factory=OptimizerParams)
     max_grad_norm: float | None = 1.0
-    fused: bool | None = None  # one kernel for all weights; by default where CUDA is
+    fused: bool = True  # one kernel for each weight's whole update: several times faster, equal to float tolerance
 
 
 @dataclass

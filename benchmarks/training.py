@@ -1,0 +1,381 @@
+"""The training step side by side with what it replaces, on this machine's CPU; on its GPU too, where there is one.
+
+DDP and FSDP2 on two real ranks, a background save and torch.save, the moving average and diffusers', the whole step
+and a plain loop of diffusers' parts. On a GPU: the UNet of configs/sd-v1.yaml at 256 px with each switch on and off,
+from latents and text states that lie ready, so that nothing but the step counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from omegaconf import OmegaConf
+from torch import nn
+
+from sdtrain import checkpoint, config, diffusion, dist, objective, parallel, schema, telemetry
+from sdtrain.ema import Ema, trainable
+from sdtrain.optimizer import adamw, state_by_name
+
+M_MMAP_THRESHOLD = -3  # of mallopt
+CPU, ALONE = torch.device("cpu"), dist.World(0, 1, 0, "single")
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion 1's
+ROUNDS, BATCH, SIDE, TOKENS = 5, 4, 16, 16
+SMALL = {  # 35 M weights
+    "sample_size": SIDE,
+    "block_out_channels": [128, 256, 384],
+    "layers_per_block": 1,
+    "cross_attention_dim": 256,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+LATENTS_256, STATES_77, SWEEP = 32, 77, (16, 32, 64, 128, 256)  # the seed's latents, tokens; images a micro-batch
+SWITCHES = {"bf16": True, "channels_last": True, "fused": True, "compile": "blocks", "checkpointing": False}
+CHANGES = (
+    {"compile": None},
+    {"compile": "model"},
+    {"channels_last": False},
+    {"fused": False},
+    {"checkpointing": True},
+    {"bf16": False},
+)
+
+
+# ---------------------------------------------------------------- the two loops
+def inputs(unet: nn.Module, images: int, side: int, tokens: int, device: torch.device, seed: int) -> dict:
+    """Random latents and text states, as a LatentDataset with cached text gives them."""
+    random = torch.Generator().manual_seed(seed)
+    latents = torch.randn(images, unet.config.in_channels, side, side, generator=random)
+    text = torch.randn(images, tokens, unet.config.cross_attention_dim, generator=random)
+    return {"latents": latents.to(device), "text": text.to(device)}
+
+
+class Ours:
+    """The step of train.py: its own functions in its own order."""
+
+    def __init__(self, params: dict, images: int, side: int, tokens: int, device=CPU, here=ALONE, strategy="ddp", **on):
+        torch.manual_seed(0)
+        self.here, self.images, self.number = here, images, 0
+        unet, bf16 = UNet2DConditionModel(**params).to(device).train(), on.get("bf16", False)
+        self.batch = inputs(unet, images, side, tokens, device, seed=here.rank)
+        self.dataset = SimpleNamespace(empty_text=torch.zeros(1, tokens, unet.config.cross_attention_dim))
+        self.settings = config.load(schema.ObjectiveConfig)
+        if on.get("checkpointing"):
+            unet.enable_gradient_checkpointing()
+        if on.get("channels_last"):
+            unet.to(memory_format=torch.channels_last)
+        parallel.compile_model(unet, on.get("compile"))
+        model = parallel.spread(unet, strategy, here.size, device, bf16)
+        self.optimizer = adamw(unet, config.load(schema.OptimizerConfig, values={"fused": on.get("fused", True)}))
+        self.net = diffusion.Network(
+            parts=None,
+            unet=unet,
+            model=model,
+            ema=Ema(unet, 0.9999),
+            process=objective.process_of(DDPMScheduler(**SCHEDULE)).to(device),
+            encode_text=None,
+            empty_text=self.dataset.empty_text,
+            latents_shape=self.batch["latents"].shape[1:],
+            device=device,
+            autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            kernel=contextlib.nullcontext(),
+            layout=torch.channels_last if on.get("channels_last") else torch.contiguous_format,
+            lora=False,
+            flops=0,
+        )
+
+    def step(self) -> float:
+        """One optimizer step of one micro-batch; returns the loss of all ranks."""
+        loss = self.backward()
+        self.update()
+        return loss
+
+    def backward(self) -> float:
+        """Forward, backward, norm of the gradient, and the report that the ranks agree on."""
+        n = self.images * self.here.size
+        slots = range(self.here.rank * self.images, (self.here.rank + 1) * self.images)
+        draws = objective.draw(self.settings, 0, self.number * n, n, slots)
+        torch.manual_seed(draws.offset_seeds[0])
+        with parallel.exchange(self.net.model, now=True), self.net.kernel:
+            each = diffusion.batch_losses(self.net, self.batch, draws, self.dataset, self.settings)
+            each.mean().backward()
+        norm = parallel.clip_gradients(self.net.unet, 1.0)
+        losses, bad = each.detach().double(), ~torch.isfinite(norm)
+        return report(losses.sum(), bad)[0] / n
+
+    def update(self) -> None:
+        """Optimizer and moving average."""
+        self.number += 1
+        self.optimizer.step()
+        self.net.ema.update(self.net.unet, self.number)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        moments = state_by_name(self.optimizer, self.net.unet)
+        return {"unet": trainable(self.net.unet), "optimizer": moments, "ema": self.net.ema.weights}
+
+    def bytes(self) -> int:
+        """Of this rank's weights, gradients, moments and average."""
+        weights = list(self.net.unet.parameters())
+        moments = [t for w in weights for t in self.optimizer.state[w].values()]
+        held = [*weights, *(w.grad for w in weights), *moments, *self.net.ema.weights.values()]
+        return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held)
+
+
+def report(loss: torch.Tensor, bad: torch.Tensor) -> list[float]:
+    """The sums of a step over all ranks: as many numbers as train.py's, in one exchange."""
+    rest = torch.zeros(10, dtype=torch.float64, device=loss.device)
+    return dist.total(torch.cat([loss[None], bad[None], rest])).tolist()
+
+
+class Plain:
+    """The loop that diffusers' examples teach: one process, its scheduler's noise, torch's AdamW, its EMAModel."""
+
+    def __init__(self, params: dict, images: int, side: int, tokens: int, device=CPU, bf16=False):
+        torch.manual_seed(0)
+        self.unet = UNet2DConditionModel(**params).to(device).train()
+        self.batch = inputs(self.unet, images, side, tokens, device, seed=0)
+        self.scheduler = DDPMScheduler(**SCHEDULE)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, betas=(0.9, 0.98))
+        self.ema = EMAModel(self.unet.parameters(), decay=0.9999)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    def step(self) -> float:
+        """One optimizer step of one micro-batch; returns its loss."""
+        latents, text = self.batch["latents"], self.batch["text"]
+        noise = torch.randn_like(latents)
+        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        with self.autocast:
+            output = self.unet(self.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text).sample
+        loss = nn.functional.mse_loss(output.float(), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+        return loss.item()
+
+
+# ---------------------------------------------------------------- two ranks
+def memory(key: str) -> int:
+    """Bytes of this process's memory: VmRSS, what it has, or VmHWM, the peak."""
+    return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent) -> None:
+    """One of two ranks: a step whenever the parent says so, then what it took.
+
+    Blocks of more than `threshold` bytes go back to the system when they are freed; None leaves it to glibc.
+    """
+    if threshold is not None:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    here, device = dist.start("gloo", f"file://{meeting}")
+    before, held = memory("VmRSS"), 0
+    training = Ours(SMALL, BATCH, SIDE, TOKENS, device, here, strategy)
+    while parent.recv():
+        dist.barrier()
+        begin = time.perf_counter()
+        loss = training.backward()
+        held = held or training.bytes()  # with its gradients
+        training.update()
+        parent.send((loss, time.perf_counter() - begin))
+    peak, zero = memory("VmHWM") - before, torch.zeros((), dtype=torch.float64)
+    reports = [seconds(lambda: report(zero, zero > 0)) for _ in range(50)]
+    parent.send({"held": held, "peak": peak, "report": statistics.median(reports)})
+    dist.stop()
+
+
+def pair(strategy: str, folder: str, threshold: int | None) -> list:
+    """Start two ranks in processes of their own; returns the pipes that lead to them."""
+    context, pipes = multiprocessing.get_context("fork"), []
+    for number in range(2):
+        here, there = context.Pipe()
+        arguments = (number, strategy, f"{folder}/{strategy}", threshold, there)
+        context.Process(target=rank, args=arguments, daemon=True).start()
+        there.close()  # so that the end of a rank is the end of the pipe
+        pipes.append(here)
+    return pipes
+
+
+def ask(pipes: list, more: bool) -> list:
+    """Let both ranks take a step, or end; returns their answers."""
+    for pipe in pipes:
+        pipe.send(more)
+    return [pipe.recv() for pipe in pipes]
+
+
+def run_pairs(steps: int, threshold: int | None = None) -> tuple[dict, dict]:
+    """Steps of FSDP2 and of DDP on two ranks, in turn: loss and seconds of each; and what the ranks took."""
+    found = {"fsdp": [], "ddp": []}
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = {name: pair(name, folder, threshold) for name in found}
+        for _ in range(steps):
+            for name, pipes in pairs.items():
+                found[name].append(ask(pipes, True)[0])
+        return found, {name: ask(pipes, False) for name, pipes in pairs.items()}
+
+
+def compare_strategies() -> None:
+    """FSDP2 and DDP. Peaks twice, since glibc keeps much of what is freed: as it is, and with all of it given back."""
+    found, ends = run_pairs(ROUNDS + 1)
+    returned = run_pairs(3, threshold=65536)[1]
+    for what, key, measured in (
+        ("weights, gradients, moments, average, MB a rank", "held", ends),
+        ("peak memory, MB a rank", "peak", ends),
+        ("  where what is freed is given back", "peak", returned),
+    ):
+        row(what, *(([max(e[key] for e in measured[name]) / 1e6], name.upper()) for name in found))
+    (losses, times), (others, other_times) = (zip(*found[name], strict=True) for name in found)
+    row("step of two ranks, s", (times[1:], "FSDP"), (other_times[1:], "DDP"))
+    apart = max(abs(a - b) / b for a, b in zip(losses, others, strict=True))
+    print(f"{'  whose losses differ by at most':48} {apart:10.0e} of them, in {len(losses)} steps")
+    print(f"{'report of a step between two ranks, ms':48} {1000 * ends['ddp'][0]['report']:10.2f}", flush=True)
+
+
+# ---------------------------------------------------------------- one process
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def in_turn(*works: Callable[[], object]) -> list[list[float]]:
+    """Wall times of each call, in turn, so that a machine that slows down slows all; the first round warms up."""
+    rounds = [[seconds(work) for work in works] for _ in range(ROUNDS + 1)]
+    return [list(times) for times in zip(*rounds[1:], strict=True)]
+
+
+def row(what: str, ours: tuple[list[float], str], others: tuple[list[float], str]) -> None:
+    """A line of the table: medians of numbers and what they are of, and the median of the ratios round by round."""
+    ratio = statistics.median(a / b for a, b in zip(ours[0], others[0], strict=True))
+    sides = (f"{statistics.median(numbers):10.4g} {name:17}" for numbers, name in (ours, others))
+    print(f"{what:48}", *sides, f"{ratio:5.2f}", flush=True)
+
+
+def compare_loops() -> Ours:
+    """The whole step and its moving average; returns ours."""
+    ours, plain = Ours(SMALL, BATCH, SIDE, TOKENS), Plain(SMALL, BATCH, SIDE, TOKENS)
+    rates = [[BATCH / taken for taken in times] for times in in_turn(ours.step, plain.step)]
+    row("images a second of one process", (rates[0], "our step"), (rates[1], "plain loop"))
+    unet, weights = ours.net.unet, list(ours.net.unet.parameters())
+    foreach = EMAModel(weights, decay=0.9999, foreach=True)
+    updates = (lambda: ours.net.ema.update(unet, 100), lambda: plain.ema.step(weights), lambda: foreach.step(weights))
+    times = [[1000 * taken for taken in found] for found in in_turn(*updates)]
+    row("moving average, ms", (times[0], "Ema"), (times[1], "EMAModel"))
+    row("moving average, ms", (times[0], "Ema"), (times[2], "EMAModel, foreach"))
+    return ours
+
+
+def compare_saves(training: Ours) -> None:
+    """A save in the background, which goes to the disk, and torch.save, which leaves that to the system.
+
+    How long the loop stands still; and the processor time of all threads, which it lacks where no core is idle.
+    """
+
+    def background() -> float:
+        begin = seconds(lambda: saves.save(next(numbers)))
+        while not saves.settled():
+            time.sleep(0.01)  # the loop would go on
+        return begin + seconds(saves.finish)
+
+    with tempfile.TemporaryDirectory() as folder:
+        saves, numbers = checkpoint.Checkpoints(f"{folder}/saves", training.state(), keep=1), iter(range(ROUNDS))
+        stalls, plain, work, plain_work = [], [], [], []
+        for _ in range(ROUNDS):
+            begin = time.process_time()
+            stalls.append(background())
+            middle = time.process_time()
+            plain.append(seconds(lambda: torch.save(training.state(), f"{folder}/plain")))
+            work.append(middle - begin)
+            plain_work.append(time.process_time() - middle)
+    row("loop stands still for a save, s", (stalls, "Checkpoints"), (plain, "torch.save"))
+    row("processor time of a save, s", (work, "Checkpoints"), (plain_work, "torch.save"))
+
+
+# ---------------------------------------------------------------- the GPU
+def seed_unet() -> dict:
+    """The arguments of the seed's UNet."""
+    return OmegaConf.to_container(config.load_run("sd-v1").model.unet.params)
+
+
+def speed(pipe, kind: type, images: int, steps: int, switches: dict) -> None:
+    """Images a second, MFU and bytes at their peak of the seed's UNet at 256 px, to the pipe; None for too many."""
+    device, params = dist.only_device(), seed_unet()
+    try:
+        training = kind(params, images, LATENTS_256, STATES_77, device, **switches)
+        for _ in range(5):  # the first compiles
+            training.step()
+        torch.cuda.synchronize()
+        taken = seconds(lambda: ([training.step() for _ in range(steps)], torch.cuda.synchronize()))
+    except torch.OutOfMemoryError:
+        return pipe.send(None)
+    rate, peak = images * steps / taken, telemetry.peak_flops(device, switches["bf16"])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**params)
+    flops = telemetry.training_flops(unet, training.batch["latents"].shape[1:], training.batch["text"].shape[1:])
+    pipe.send((rate, rate * flops / peak if peak else float("nan"), torch.cuda.max_memory_allocated()))
+
+
+def gpu_row(kind: type, images: int, steps: int, name: str, switches: dict, plain: float | None) -> float | None:
+    """A line of the GPU's table, measured in a process of its own; returns images a second."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=speed, args=(there, kind, images, steps, switches), daemon=True).start()
+    there.close()
+    found = here.recv()
+    if found is None:
+        print(f"{name:28} {images:6} out of memory", flush=True)
+        return None
+    rate, mfu, used = found
+    print(f"{name:28} {images:6} {rate:8.1f} {mfu:7.1%} {used / 1e9:10.1f} {rate / (plain or rate):8.2f}", flush=True)
+    return rate
+
+
+def compare_on_gpu(steps: int) -> None:
+    """The seed's whole UNet: the plain loop, each switch turned over, then the micro-batch."""
+    print(
+        f"\n{torch.cuda.get_device_name()}, UNet of sd-v1, 256 px, {steps} steps; all on: bf16, channels_last, fused,"
+    )
+    print("compiled by blocks, no gradient checkpointing")
+    print(f"{'switches':28} {'images':>6} {'img/s':>8} {'MFU':>7} {'memory GB':>10} {'/ plain':>8}")
+    plain = gpu_row(Plain, 64, steps, "plain loop, bf16", {"bf16": True}, None)
+    for change in CHANGES:
+        name = ", ".join(f"{key} {value}" for key, value in change.items())
+        gpu_row(Ours, 64, steps, name, SWITCHES | change, plain)
+    for images in SWEEP:
+        gpu_row(Ours, images, steps, "all on", SWITCHES, plain)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu-steps", type=int, default=100, help="steps of each line of the GPU's table")
+    steps = parser.parse_args().gpu_steps
+    torch.set_num_threads(1)
+    weights = sum(p.numel() for p in UNet2DConditionModel(**SMALL).parameters())
+    print(f"UNet of {weights / 1e6:.0f} M weights, {BATCH} images a micro-batch and rank; medians of {ROUNDS} rounds")
+    print(f"{'':48} {'this':>10} {'':17} {'against':>10} {'':17} ratio")
+    compare_strategies()
+    compare_saves(compare_loops())
+    if torch.cuda.is_available():
+        compare_on_gpu(steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 SCRIPTS = ROOT / "workflow/scripts"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-# Imports train.py once; each line on its input, {"arguments", "ranks", "folder", "log"}, becomes processes that run it.
+# Imports a script once; each line on its input, {"arguments", "ranks", "folder", "log"}, becomes processes that run it.
 FORKS = """
-import json, os, resource, signal, sys
+import importlib, json, os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
-import train, diffusers, transformers, torch.distributed.checkpoint, torch.distributed.fsdp
+script = importlib.import_module(sys.argv[2])
+import diffusers, transformers, torch.distributed.checkpoint, torch.distributed.fsdp
 diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTokenizer
 
 def become(job, rank):
@@ -38,7 +39,7 @@ def become(job, rank):
     if job["ranks"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
-    train.main(["train.py", *job["arguments"]])
+    script.main([f"{sys.argv[2]}.py", *job["arguments"]])
 
 for line in sys.stdin:
     job, children = json.loads(line), []
@@ -79,7 +80,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @dataclass
 class Trainer:
-    """Runs train.py in processes forked from a server that has imported it, one training at a time."""
+    """Runs a script in processes forked from a server that has imported it, one training at a time."""
 
     server: subprocess.Popen
     log: Path
@@ -107,9 +108,9 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def trainer(log: Path) -> Iterator[Trainer]:
-    """A Trainer whose trainings write to `log`."""
-    command = [sys.executable, "-c", FORKS, str(SCRIPTS)]
+def trainer(log: Path, script: str = "train") -> Iterator[Trainer]:
+    """A Trainer of a script whose trainings write to `log`."""
+    command = [sys.executable, "-c", FORKS, str(SCRIPTS), script]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), **pipes) as server:
         yield Trainer(server, log)

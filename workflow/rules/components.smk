@@ -12,7 +12,7 @@ rule download_component:
     benchmark:
         "logs/components/{component}.tsv"
     wildcard_constraints:
-        component=f"(?!({'|'.join(TRAINED)})$)[^/]+",
+        component=rf"(?!({'|'.join(TRAINED)})\.json$)[^/]+",
     conda:
         "../../envs/train.yaml"
     shell:
@@ -23,8 +23,13 @@ rule download_component:
         " 2>&1 | tee {log}"
 
 
+# On one GPU, or a CPU. On more, a profile's set-resources names a launcher for it, such as
+#   launch: "'torchrun --standalone --nproc_per_node 8'"
+# and every process takes batch_size images a step. What it goes on from after a kill or a signal, its log and its
+# samples lie in resources/components/training/{component}; the finished component is put in place whole.
 rule train_autoencoder:
     input:
+        plan.perceptual_record,
         config="resources/components/config/{component}.yaml",
         train=lambda w: f"results/data/{plan.load_component(w.component).train.data}/train/shards/manifest.json",
         held_out=lambda w: f"results/data/{plan.load_component(w.component).train.data}/held_out/shards/manifest.json",
@@ -39,10 +44,13 @@ rule train_autoencoder:
     conda:
         "../../envs/train.yaml"
     threads: 2
+    resources:
+        launch="python",
     shell:
-        "python workflow/scripts/train_autoencoder.py"
+        "{resources.launch} workflow/scripts/train_autoencoder.py"
         " config={input.config}"
         " train={input.train}"
         " held_out={input.held_out}"
         " output={output}"
+        " wait_minutes=20"
         " 2>&1 | tee {log}"

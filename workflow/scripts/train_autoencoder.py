@@ -1,204 +1,404 @@
-"""Train a KL autoencoder and export it as a component.
+"""Train a KL autoencoder and export it as a component: the folder beside `output`, and `output`, its record, last.
 
-Reconstruction loss (L1, L2, low-pass, gradient and chroma terms) plus a KL term, as in Rombach et al. 2022
-(arXiv 2112.10752) without their adversarial term; see AutoencoderLoss for the weights. The same command resumes.
+On several processes:  torchrun --nproc_per_node N workflow/scripts/train_autoencoder.py config=… train=… …
+The same command goes on from the last checkpoint. Beside the component, training/{name} holds checkpoints/, log.jsonl
+and samples/, pairs of a held-out image and what comes back of it. SIGTERM, SIGUSR1 and Ctrl-C save at the next step and
+end with exit code 75; the file `requeue` there then asks to be started again.
 """
 
+import contextlib
+import copy
 import math
+import os
+import shutil
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
+from PIL import Image
 
-from sdtrain import checkpoint, config, dist, loader, models, schema, shards, tars
-from sdtrain.ema import Ema
-from sdtrain.telemetry import Telemetry
+from sdtrain import (
+    autoencoder,
+    checkpoint,
+    config,
+    dist,
+    features,
+    identity,
+    loader,
+    objective,
+    parallel,
+    sampling,
+    schema,
+    shards,
+)
+from sdtrain.ema import Ema, trainable
+from sdtrain.models import ModelError
+from sdtrain.optimizer import adamw, learning_rate, state_by_name
+from sdtrain.progress import Progress
+from sdtrain.storage import StorageError
+from sdtrain.tars import ShardError
+from sdtrain.telemetry import Telemetry, TelemetryError, start_wandb
 
+STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, with everything saved
 STATISTICS_IMAGES = 512  # images that the latents' mean and standard deviation are measured on
+MEASURED_IMAGES = 256  # held-out images that the exported component is measured on
+GLIMPSE = 32  # and those at every save
+PAIRS = 16  # of the pictures in samples/
+CHUNK = 16  # images at once, where there is no gradient
+NEUTRAL = (  # keys that do not decide the weights, or that count by a record, or by the global batch
+    *("data", "batch_size", "save_every", "log_every", "max_nonfinite", "max_rollbacks", "wait_minutes"),
+    *("workers", "prefetch", "threads", "wandb_mode", "distributed"),
+)
+EXPECTED = (
+    *(config.ConfigError, dist.DistError, ModelError, features.FeatureError, loader.DataError),
+    *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError),
+)
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, weights) -> torch.Tensor:
-    """Weighted sum of the terms of AutoencoderLoss but KL; tensors N x 3 x H x W in [-1, 1], result a scalar."""
-    error = output - target
-    chroma = error - error[:, 1:2]  # R-G and B-G (and zero)
-    return (
-        weights.l1 * error.abs().mean()
-        + weights.l2 * error.square().mean()
-        + weights.low_pass * F.avg_pool2d(error, 4).abs().mean()
-        + weights.gradient * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
-        + weights.chroma * chroma[:, ::2].abs().mean()
-    )
+def train(settings, sides: dict[str, str], output: Path, here: dist.World, device: torch.device, stop) -> bool:
+    """Train from the last checkpoint to the end, and export. Returns False where a signal came before.
 
-
-def kl_divergence(moments) -> torch.Tensor:
-    """KL of the latent distribution from the unit normal, mean over all latent values (Kingma & Welling 2014)."""
-    return 0.5 * (moments.mean.square() + moments.var - 1.0 - moments.logvar).mean()
-
-
-def learning_rate(step: int, steps: int, base: float, warmup: int) -> float:
-    """Linear warm-up, then a half cosine to zero."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def first_images(dataset: loader.ImageDataset, limit: int, device) -> list[torch.Tensor]:
-    """Pixels 1 x 3 x H x W of the readable ones among the first `limit` images of the stream, an epoch at most."""
-    items = [dataset[position] for position in range(min(limit, len(dataset)))]
-    return [item["pixels"][None].to(device) for item in items if "error" not in item]
-
-
-@torch.no_grad()
-def psnr(vae: AutoencoderKL, dataset: loader.ImageDataset, device, limit: int = 256) -> float:
-    """Mean peak signal-to-noise ratio, dB, of reconstructions through the latents' mean, images in [0, 1]."""
-    values = []
-    for image in first_images(dataset, limit, device):
-        output = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
-        values.append(-10 * torch.log10(((output - image) / 2).square().mean()).item())
-    return float(np.mean(values))
-
-
-@torch.no_grad()
-def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Make latents zero-mean and unit-variance by channel, exactly, inside the 1x1 convolutions around them.
-
-    A pipeline knows one scalar scaling factor; after this it is 1. `mean` and `std` have one value a latent channel.
+    `sides` are the manifests of images, train and held_out.
     """
-    channels = len(mean)
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.weight[:channels] /= std.view(-1, 1, 1, 1)
-    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
-    quant.bias[channels:] -= 2.0 * std.log()  # log variances
-    post.bias += torch.einsum("oi,i->o", post.weight[:, :, 0, 0], mean)
-    post.weight *= std.view(1, -1, 1, 1)
-    vae.register_to_config(scaling_factor=1.0)
-
-
-@torch.no_grad()
-def latent_statistics(vae: AutoencoderKL, dataset, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents by channel over the first images of the stream."""
-    means = [vae.encode(image).latent_dist.mode() for image in first_images(dataset, STATISTICS_IMAGES, device)]
-    flat = torch.cat(means).transpose(0, 1).flatten(1)
-    return flat.mean(1), flat.std(1)
-
-
-def train(settings, train_manifest: str, held_out_manifest: str, output: Path) -> None:
-    """Train, resume, export to the folder beside `output`, and write `output` last."""
+    check(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    device = dist.only_device()
+
+    # Sizes: steps count optimizer steps, images count what all ranks have seen
+    resolution, share = settings.resolution, settings.batch_size
+    global_batch = share * here.size
+    steps = math.ceil(settings.num_examples_to_see / global_batch)
+
+    # Folder: checkpoints are keyed by all that decides the weights
+    dist.barrier()  # the main rank may have waited for another trainer's end
+    own = identify(settings, sides["train"], global_batch, training_folder(output))
+    if config.record_fingerprint(output) == own.key:
+        if here.main:
+            print(f"{output}: finished already", flush=True)
+        return True
+    if here.main:
+        claim(own, here.size)
 
     # Data: crops at one to two times the resolution, so that the latents serve a stage and the next one
-    dataset = loader.ImageDataset(
-        train_manifest, settings.resolution, crop="random", flip=True, zoom=(1.0, 2.0), seed=settings.seed
-    )
-    held_out = {
-        size: loader.ImageDataset(held_out_manifest, size, seed=settings.seed)
-        for size in (settings.resolution, 2 * settings.resolution)
-    }
+    zoomed = {"crop": "random", "flip": True, "zoom": (1.0, 2.0)}
+    dataset = loader.ImageDataset(sides["train"], resolution, **zoomed, seed=settings.seed)
+    held_out = {s: loader.ImageDataset(sides["held_out"], s, seed=settings.seed) for s in (resolution, 2 * resolution)}
 
-    # Model, optimizer, average
-    try:
-        vae = AutoencoderKL(**OmegaConf.to_container(settings.params)).to(device, memory_format=torch.channels_last)
-    except (TypeError, ValueError) as error:
-        raise models.ModelError(f"params: AutoencoderKL refuses them: {error}") from error
-    ema = Ema(vae, settings.ema_decay)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    steps = settings.num_examples_to_see // settings.batch_size
+    # Network, optimizer, average
+    vae = autoencoder.build(OmegaConf.to_container(settings.params), resolution)
+    vae.to(device, memory_format=torch.channels_last)
+    noise_shape = (vae.config.latent_channels, *[autoencoder.latent_side(vae, resolution)] * 2)
+    network = settings.loss.perceptual_network if settings.loss.perceptual else None
+    distance = features.perceptual_distance(network, device) if network else None
+    model = parallel.spread(autoencoder.Reconstruction(vae), "ddp", here.size, device)
+    optimizer, ema = adamw(vae, settings.optimizer), Ema(vae, settings.ema_decay)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
 
-    # Resume: the folder is keyed by all that decides the weights
-    decisive = {
-        k: v for k, v in OmegaConf.to_container(settings).items() if k not in ("threads", "save_every", "log_every")
-    }
-    key = config.fingerprint(decisive, shards.read_manifest(train_manifest)["fingerprint"])
-    folder = output.with_suffix("") / "checkpoints" / key
-    checkpoint.start_milestone(folder, steps * settings.batch_size, 0)
+    # State: with the configuration all that a resume needs, as every random number follows from an image's number
+    terms = [name for name in autoencoder.TERMS if settings.loss[name]]
+    progress = Progress(len(terms))
+    best = {f"psnr_{size}px": torch.tensor(-math.inf, dtype=torch.float64) for size in held_out}
+    state = {"vae": trainable(vae), "ema": ema.weights, "optimizer": state_by_name(optimizer, vae)}
+    state |= {"best": best, **progress.state}
+    saves = checkpoint.Checkpoints(own.saves, state, main=here.main, group=dist.cpu_group(), keep=2)
+    if here.main:
+        checkpoint.start_milestone(saves, settings.num_examples_to_see, -1, identity.code())
+    dist.barrier()
+
+    # Resume; a checkpoint before the first step shows in time whether there is room for any
     first = 0
-    if found := checkpoint.saved(folder):
-        state = checkpoint.load(folder, found[-1], device)
-        (
-            vae.load_state_dict(state["vae"]),
-            ema.load_state_dict(state["ema"]),
-            optimizer.load_state_dict(state["optimizer"]),
-        )
-        first = found[-1] // settings.batch_size
+    if found := saves.saved():
+        saves.load(found[-1])
+        first = found[-1] // global_batch
+        if here.main:
+            print(f"resumed at {found[-1]:,} images from {own.saves / str(found[-1])}", flush=True)
+    else:
+        shutil.rmtree(own.folder / "samples", ignore_errors=True)  # of another training
+        saves.save(0)
+        saves.finish()
 
-    # Loop
+    # Stream of batches, from where the last one ended; and the log of what is done with them
+    about = dataset.describe()
+    position = first * global_batch + progress["moved"]
+    ranks = {"start": position, "rank": here.rank, "world_size": here.size}
+    stream = loader.batches(dataset, share, **ranks, workers=settings.workers)
+    stream = loader.prefetched(stream, settings.prefetch, pin=device.type == "cuda")
+    logs = here.main and steps > first
     telemetry = Telemetry(
-        folder.parent.parent / "log.jsonl", total=steps * settings.batch_size, start=first * settings.batch_size
+        own.folder / "log.jsonl" if logs else None,
+        total=steps * global_batch,
+        start=first * global_batch,
+        label=output.stem,
+        wandb=open_wandb(settings, own) if logs else None,
+        quiet=not here.main,
+        position=position,
+        world_size=here.size,
+        device=device,
     )
-    started, running = time.time(), []
-    stream = loader.batches(dataset, settings.batch_size, start=first * settings.batch_size)
-    for step in range(first, steps):
-        images = next(stream)["pixels"].to(device, memory_format=torch.channels_last)
-        torch.manual_seed(
-            settings.seed + 1 + step
-        )  # the noise of a step follows from its number: resume needs no RNG state
-        moments = vae.encode(images).latent_dist
-        output_images = vae.decode(moments.sample()).sample
-        loss = reconstruction_loss(output_images, images, settings.loss) + settings.loss.kl * kl_divergence(moments)
+    if here.main:
+        about += f"; {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M weights, world size {here.size}"
+        print(f"{own.folder}: {about}, global batch {global_batch}, steps {first:,} to {steps:,}", flush=True)
+
+    step, waited, lost = first, 0.0, 0
+    while step < steps and not stop.agreed:
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, steps, settings.lr_scheduler)
+
+        # Gradient: ranks exchange it in the backward
+        begin = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - begin
+        images = batch["pixels"].to(device, non_blocking=True, memory_format=torch.channels_last)
+        slots = range(here.rank * share, (here.rank + 1) * share)
+        draws = objective.draw(schema.ObjectiveConfig(), settings.seed, position, global_batch, slots)
+        (noise,) = objective.normals(draws, 1, noise_shape, device)
+        with autocast:
+            output_images, mean, logvar = model(images, noise)
+        losses = autoencoder.loss_terms(output_images, images, mean, logvar, settings.loss, distance)
+        losses = torch.stack(list(losses.values()))
+        losses.sum().backward()
+        norm = parallel.clip_gradients(vae, settings.optimizer.max_grad_norm)
+
+        # Agreement: one exchange tells every rank the losses, and whether any rank met a non-finite value or a signal
+        newly_lost, lost = sum(batch["lost"].values()) - lost, sum(batch["lost"].values())
+        flags = [stop.name is not None, saves.settled(), newly_lost]
+        bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
+        report = torch.cat([losses.detach().double() * share, bad[None], torch.tensor(flags, device=device)])
+        *sums, bad, stop.agreed, settled, newly_lost = dist.total(report).tolist()
+
+        # Optimizer step, or none where the gradient is no number
+        step, position = step + 1, position + global_batch
+        progress.counts["lost"] += int(newly_lost)
+        if bad:
+            progress.skip()
+            telemetry.note(step * global_batch, "skipped: the loss or gradient is no number", position)
+        else:
+            optimizer.step()
+            progress.learn(sums, [global_batch] * len(terms))
+            ema.update(vae, progress["updates"])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        if not torch.isfinite(norm):
-            raise SystemExit(f"error: step {step}: gradient norm is {norm.item()}; lower learning_rate")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup_length)
-        optimizer.step()
-        ema.update(vae)
-        running.append(loss.item())
-        seen = (step + 1) * settings.batch_size
-        if (step + 1) % settings.log_every == 0:
-            telemetry.log(seen, {"loss": float(np.mean(running)), "lr": optimizer.param_groups[0]["lr"]})
-            running.clear()
-        if (step + 1) % settings.save_every == 0 or step + 1 == steps:
-            state = {"vae": vae.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(folder, seen, state)
-            print({f"psnr_{s}px": round(psnr(ema.module, d, device, 32), 2) for s, d in held_out.items()}, flush=True)
+        if settled:
+            saves.finish()
+
+        # Rollback: after too many of those, back to the last checkpoint, and on with the data that follow
+        if progress["in_a_row"] >= settings.max_nonfinite:
+            back = progress.roll_back(saves, step * global_batch, settings.max_rollbacks)
+            telemetry.rewind(back)
+            telemetry.note(back, "rolled back to the last checkpoint", position)
+            step = back // global_batch
+            continue
+
+        # Log
+        if step % settings.log_every == 0 or step == steps:
+            _, each = progress.take_losses()
+            values = {"loss": sum(each), **{f"loss_{name}": value for name, value in zip(terms, each, strict=True)}}
+            values |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+            values |= {"skipped": progress["skipped"], "data_wait": waited}
+            telemetry.log(step * global_batch, values, position)
+            waited = 0.0
+
+        # Save, in the background; first show what has been learnt, so that no resume leaves it out
+        due = step % settings.save_every == 0 or step == steps
+        if due or stop.agreed:
+            with telemetry.excluded():
+                if due:
+                    picture = own.folder / "samples" / f"{step * global_batch}.png"
+                    with ema.applied(vae):
+                        quality = measure(vae, held_out, GLIMPSE, here, device)
+                        if here.main:
+                            draw_pairs(vae, held_out[resolution], device, picture)
+                    for name, value in quality.items():
+                        best[name].clamp_(min=value)
+                    quality |= {f"best_{name}": value.item() for name, value in best.items()}
+                    telemetry.note(step * global_batch, "held-out images", position, **quality)
+                    telemetry.log_image(step * global_batch, picture)
+                progress.save(saves, step * global_batch)
+    saves.finish()
+    stream.close()
     telemetry.close()
 
-    # Export: average of the weights, latents normalised, half precision
-    vae = ema.module.eval()
-    plain = loader.ImageDataset(train_manifest, 2 * settings.resolution, seed=settings.seed)
-    fold_normalisation(vae, *latent_statistics(vae, plain, device))
-    vae.half().float()  # what is measured is what is shipped
-    quality = {f"psnr_{size}px": round(psnr(vae, d, device), 2) for size, d in held_out.items()}
+    # Stopped by a signal: all is saved, and a file asks for a new start, as exit codes get lost on the way
+    if step < steps:
+        if here.main:
+            config.write_json(own.folder / "requeue", {"signal": stop.name, "images": step * global_batch})
+            print(f"{own.folder}: stopped, saved at {step * global_batch} images; the same command goes on", flush=True)
+        dist.barrier()
+        return False
+
+    # Export: the averaged weights in half precision; what is measured is what is shipped
+    with ema.applied(vae):
+        shipped = copy.deepcopy(vae).eval().to(memory_format=torch.contiguous_format)
+    normalise(shipped, loader.ImageDataset(sides["train"], 2 * resolution, seed=settings.seed), device)
+    quality = measure(shipped.half().float(), held_out, MEASURED_IMAGES, here, device)
+    if here.main:
+        facts = {
+            "source": "train",
+            "fingerprint": own.key,
+            "sources": own.sources,
+            "held_out": quality,
+            "images": steps * global_batch,
+            "steps": steps,
+            "world_size": here.size,
+            "global_batch": global_batch,
+            **{name: progress[name] for name in ("lost", "skipped", "rollbacks")},
+            "config": OmegaConf.to_container(settings, resolve=True),
+            "code": config.code_digest(),
+            "versions": config.versions(),
+        }
+        export(shipped.half(), facts, own.folder, output)
+        checkpoint.finish_milestone(saves, settings.num_examples_to_see, identity.code())
+        print(f"{output}: {quality}", flush=True)
+    dist.barrier()
+    return True
+
+
+# ---------------------------------------------------------------- before the training
+def check(settings) -> None:
+    """Refuse values that no training can have. Raises ConfigError or DistError."""
+    for key in ("num_examples_to_see", "batch_size", "save_every", "log_every"):
+        if settings[key] < 1:
+            raise config.ConfigError(f"{key}: {settings[key]} is not at least 1")
+    weights = {name: settings.loss[name] for name in autoencoder.TERMS}
+    if min(weights.values()) < 0 or not sum(weights.values()) > weights["kl"]:
+        what = "none may be negative, and one besides kl must be above 0"
+        raise config.ConfigError(f"loss: {weights}: {what}, such as loss.l1=1")
+    if weights["perceptual"] and not settings.loss.perceptual_network:
+        remedy = "name the folder of an image network, such as resources/components/efficientnet-lite0"
+        raise config.ConfigError(f"loss.perceptual_network: loss.perceptual needs one: {remedy}")
+    if settings.distributed.strategy != "ddp":
+        raise dist.DistError("distributed.strategy: fsdp shards a UNet; an autoencoder is small: set it to ddp")
+
+
+def training_folder(output: Path) -> Path:
+    """Where a component's training keeps what it goes on from, beside the component, which is replaced whole."""
+    return output.parent / "training" / output.stem
+
+
+def identify(settings, manifest: str, global_batch: int, folder: Path) -> identity.Identity:
+    """What the training is known by. Data and the perceptual network count by their records."""
+    decisive = OmegaConf.to_container(settings, resolve=True)
+    for key in NEUTRAL:
+        del decisive[key]
+    del decisive["optimizer"]["fused"]
+    decisive["system"] = {"global_batch": global_batch}
+    sources = {"dataset": shards.read_manifest(manifest)["fingerprint"]}
+    if settings.loss.perceptual:
+        sources["network"] = config.record_fingerprint(f"{settings.loss.perceptual_network}.json")
+    return identity.Identity(folder, sources, decisive, frozen=True)
+
+
+def claim(own: identity.Identity, world_size: int) -> None:
+    """Mark the folder as this training's; refuse to start anew only because ranks have come or gone."""
+    for file in own.folder.glob("checkpoints/*/about.json"):
+        other = config.read_json(file)
+        differ = config.differences(other["decisive"], own.decisive) + config.differences(other["sources"], own.sources)
+        if differ == ["system.global_batch"] and other["world_size"] != world_size and not own.saves.is_dir():
+            before, now = (about["decisive"]["system"]["global_batch"] for about in (other, own.about))
+            raise checkpoint.CheckpointError(
+                f"{file.parent}: these checkpoints saw {before} images a step on {other['world_size']} processes, this "
+                f"launch {now} on {world_size}; set batch_size so that it is {before} again, or delete that folder"
+            )
+    config.write_json(own.saves / "about.json", {**own.about, "world_size": world_size})
+    (own.folder / "requeue").unlink(missing_ok=True)
+
+
+def open_wandb(settings, own: identity.Identity):
+    """A wandb run of project components; its key, entity and server are those of the environment."""
+    who = {"wandb": {"api_key": None, "entity": None, "mode": settings.wandb_mode}}
+    who["experiment"] = {"project": "components", "name": own.folder.name}
+    return start_wandb(OmegaConf.create({**OmegaConf.to_container(settings, resolve=True), **who}), own.folder, own.key)
+
+
+# ---------------------------------------------------------------- what it has learnt
+def chunks(dataset: loader.ImageDataset, positions: range, device: torch.device) -> Iterator[torch.Tensor]:
+    """Pixels N x 3 x H x W of the readable images at these positions of the stream."""
+    for start in range(0, len(positions), CHUNK):
+        items = [dataset[position] for position in positions[start : start + CHUNK]]
+        if pixels := [item["pixels"] for item in items if "error" not in item]:
+            yield torch.stack(pixels).to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def measure(vae, held_out: dict[int, loader.ImageDataset], limit: int, here, device) -> dict[str, float]:
+    """Mean PSNR, dB, of what comes back of the first `limit` held-out images, at each side in pixels.
+
+    Ranks share the images. Raises DataError where none of them can be read.
+    """
+    found = {}
+    for size, dataset in held_out.items():
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for images in chunks(dataset, range(here.rank, min(limit, len(dataset)), here.size), device):
+            values = autoencoder.psnr(autoencoder.reconstruct(vae, images), images)
+            sums += torch.stack([values.double().sum(), torch.tensor(len(values), device=device)])
+        total, count = dist.total(sums).tolist()
+        if not count:
+            raise loader.DataError("held_out: none of its first images can be read; rebuild its shards")
+        found[f"psnr_{size}px"] = round(total / count, 2)
+    return found
+
+
+@torch.no_grad()
+def draw_pairs(vae, dataset: loader.ImageDataset, device: torch.device, path: Path) -> None:
+    """Write a picture of the first images of a dataset, each beside what comes back of it."""
+    images = next(chunks(dataset, range(PAIRS), device))
+    pairs = torch.stack([images, autoencoder.reconstruct(vae, images)], 1).flatten(0, 1)
+    levels = ((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sampling.grid([Image.fromarray(image) for image in levels], columns=8).save(
+        aside := path.with_name(f".{path.name}"), "PNG"
+    )
+    os.replace(aside, path)
+
+
+@torch.no_grad()
+def normalise(vae, dataset: loader.ImageDataset, device: torch.device) -> None:
+    """Fold into `vae` what gives the latents of the first images of a dataset zero mean and unit variance."""
+    first = range(min(STATISTICS_IMAGES, len(dataset)))
+    means = [vae.encode(images).latent_dist.mode() for images in chunks(dataset, first, device)]
+    autoencoder.fold_normalisation(vae, *autoencoder.latent_statistics(torch.cat(means)))
+
+
+def export(vae, facts: dict, folder: Path, output: Path) -> None:
+    """Put the component in place, whole, with its log and samples, and write its record last."""
     aside = output.with_name(f".{output.stem}.tmp")
-    vae.half().save_pretrained(aside, safe_serialization=True)
-    facts = {
-        "source": "train",
-        "fingerprint": key,
-        "held_out": quality,
-        "images_seen": steps * settings.batch_size,
-        "minutes": round((time.time() - started) / 60, 1),
-        "config": OmegaConf.to_container(settings),
-        "command": " ".join(["python", *sys.argv]),
-        "code": config.code_digest(),
-        "torch": torch.__version__,
-    }
+    shutil.rmtree(aside, ignore_errors=True)
+    vae.save_pretrained(aside, safe_serialization=True)
+    shutil.copytree(folder / "samples", aside / "samples")
+    shutil.copyfile(folder / "log.jsonl", aside / "log.jsonl")
     config.write_json(aside / "training.json", facts)
-    for file in aside.iterdir():
-        file.replace(output.with_suffix("") / file.name)
-    aside.rmdir()
+    output.unlink(missing_ok=True)  # an older one must not stand for the new folder
+    checkpoint.replace_folder(aside, output.with_suffix(""))
     config.write_json(output, facts)
-    checkpoint.finish_milestone(folder, steps * settings.batch_size)
-    print(f"{output}: {quality}")
 
 
 def main(argv: list[str]) -> None:
     settings, own = config.command_line(argv, schema.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
-    output = Path(own["output"])
+    output, distributed = Path(own["output"]), settings.distributed
+    here, stop = dist.world(), dist.Stop()
+    if not here.main:
+        warnings.simplefilter("ignore")  # the main rank gives the same
     try:
-        with checkpoint.lock(output.with_suffix("") / "checkpoints"):
-            train(settings, own["train"], own["held_out"], output)
-    except (tars.ShardError, loader.DataError, models.ModelError, checkpoint.CheckpointError) as error:
-        raise SystemExit(f"error: {error}") from None
+        device = dist.start(distributed.dist_backend, distributed.dist_url, distributed.timeout_minutes)[1]
+        folder, wait = training_folder(output), settings.wait_minutes
+        with checkpoint.lock(folder, wait) if here.main else contextlib.nullcontext():
+            finished = train(settings, own, output, here, device, stop)
+    except EXPECTED as error:
+        dist.end(str(error))
+    except RuntimeError as error:
+        silent = dist.silent_ranks()
+        if not silent:
+            raise
+        named = ", ".join(map(str, silent))
+        dist.end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
+    dist.stop()
+    stop.ignore()
+    if not finished:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

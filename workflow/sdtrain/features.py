@@ -95,9 +95,11 @@ def perceptual_distance(folder: str | Path, device: str | torch.device = "cpu") 
 def inception(path: Path, device: torch.device) -> ImageFeatures:
     """FID's network (Heusel et al. 2017) as NVlabs' TorchScript file, which resizes and scales uint8 images itself."""
     try:
-        network = torch.jit.load(path, map_location=device).eval().requires_grad_(False)
+        network = torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         raise FeatureError(f"{path}: not a TorchScript file ({str(error).splitlines()[0]}); fetch it again") from None
+    for weight in network.parameters():
+        weight.requires_grad_(False)
     return ImageFeatures("Inception (FID)", "FID", 2048, lambda x: network(x, return_features=True), device)
 
 

@@ -118,6 +118,12 @@ class Plan:
         found = Path(entry.path).rglob("*") if entry.source == "folder" else []
         return sorted(str(f) for f in found if f.is_file())
 
+    def perceptual_record(self, wildcards: Any) -> str | list:
+        """The record of the component whose features the loss of a trained component compares."""
+        loss = self.load_component(wildcards.component).train.loss
+        made = loss.perceptual and (loss.perceptual_network or "").startswith("resources/components/")
+        return cf.component_record(loss.perceptual_network) if made else []
+
     # ------------------------------------------------------------ data
     def parts(self, wildcards: Any) -> list[str]:
         """The manifests of the parts of a split; the few images held out need one, unless resharding looks for them."""

@@ -128,6 +128,7 @@ def test_ranks_meet_where_they_are_told(tmp_path):
 
 def lose(rank: int, dead: int, folder) -> list[int]:
     """One rank dies; the others come to an exchange that fails, and ask who is silent."""
+    dist.barrier()  # all have met
     if rank == dead:
         os.kill(os.getpid(), signal.SIGKILL)
     try:

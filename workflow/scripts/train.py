@@ -9,10 +9,8 @@ step and end with exit code 75; the file `requeue` in the folder then asks to be
 import contextlib
 import csv
 import math
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -26,10 +24,9 @@ from sdtrain.storage import StorageError
 from sdtrain.tars import ShardError
 from sdtrain.telemetry import Telemetry, TelemetryError, peak_flops, start_wandb
 
-STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, with everything saved
 QUARTILES = 4  # of time, from little noise to much, that losses are told by
 EXPECTED = (
-    *(config.ConfigError, dist.DistError, ModelError, objective.ObjectiveError, loader.DataError),
+    *(config.ConfigError, ModelError, objective.ObjectiveError, loader.DataError),
     *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError),
 )
 
@@ -255,26 +252,13 @@ def read_captions(experiment) -> list[str]:
 
 def main(argv: list[str]) -> None:
     cfg, _ = config.command_line(argv, schema.StageConfig, __doc__)
-    here, stop = dist.world(), dist.Stop()
-    if not here.main:
-        warnings.simplefilter("ignore")  # the main rank gives the same
-    try:
-        device = dist.start(cfg.system.dist_backend, cfg.system.dist_url, cfg.distributed.timeout_minutes)[1]
+    backend = {"dist_backend": cfg.system.dist_backend, "dist_url": cfg.system.dist_url}  # the seed has them twice
+    with dist.joined(config.OmegaConf.merge(cfg.distributed, backend), EXPECTED) as (here, device, stop):
         folder, wait = identity.run_folder(cfg), cfg.experiment.wait_minutes
         with checkpoint.lock(folder, wait) if here.main else contextlib.nullcontext():
             finished = train(cfg, here, device, stop)
-    except EXPECTED as error:
-        dist.end(str(error))
-    except RuntimeError as error:
-        silent = dist.silent_ranks()
-        if not silent:
-            raise
-        named = ", ".join(map(str, silent))
-        dist.end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
-    dist.stop()
-    stop.ignore()
     if not finished:
-        sys.exit(STOPPED)
+        sys.exit(dist.STOPPED)
 
 
 if __name__ == "__main__":

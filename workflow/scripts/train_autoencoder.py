@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +42,6 @@ from sdtrain.storage import StorageError
 from sdtrain.tars import ShardError
 from sdtrain.telemetry import Telemetry, TelemetryError, start_wandb
 
-STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal, with everything saved
 STATISTICS_IMAGES = 512  # images that the latents' mean and standard deviation are measured on
 MEASURED_IMAGES = 256  # held-out images that the exported component is measured on
 GLIMPSE = 32  # and those at every save
@@ -54,7 +52,7 @@ NEUTRAL = (  # keys that do not decide the weights, or that count by a record, o
     *("workers", "prefetch", "threads", "wandb_mode", "distributed"),
 )
 EXPECTED = (
-    *(config.ConfigError, dist.DistError, ModelError, features.FeatureError, loader.DataError),
+    *(config.ConfigError, ModelError, features.FeatureError, loader.DataError),
     *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError),
 )
 
@@ -378,27 +376,13 @@ def export(vae, facts: dict, folder: Path, output: Path) -> None:
 
 def main(argv: list[str]) -> None:
     settings, own = config.command_line(argv, schema.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
-    output, distributed = Path(own["output"]), settings.distributed
-    here, stop = dist.world(), dist.Stop()
-    if not here.main:
-        warnings.simplefilter("ignore")  # the main rank gives the same
-    try:
-        device = dist.start(distributed.dist_backend, distributed.dist_url, distributed.timeout_minutes)[1]
+    output = Path(own["output"])
+    with dist.joined(settings.distributed, EXPECTED) as (here, device, stop):
         folder, wait = training_folder(output), settings.wait_minutes
         with checkpoint.lock(folder, wait) if here.main else contextlib.nullcontext():
             finished = train(settings, own, output, here, device, stop)
-    except EXPECTED as error:
-        dist.end(str(error))
-    except RuntimeError as error:
-        silent = dist.silent_ranks()
-        if not silent:
-            raise
-        named = ", ".join(map(str, silent))
-        dist.end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
-    dist.stop()
-    stop.ignore()
     if not finished:
-        sys.exit(STOPPED)
+        sys.exit(dist.STOPPED)
 
 
 if __name__ == "__main__":

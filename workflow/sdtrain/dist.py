@@ -5,17 +5,22 @@ The only reader of the launchers' variables.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+STOPPED = os.EX_TEMPFAIL  # 75: the exit code of a process that a signal stopped, with everything saved
 
 
 class DistError(RuntimeError):
@@ -93,6 +98,31 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(settings, expected: tuple[type[Exception], ...]) -> Iterator[tuple[World, torch.device, Stop]]:
+    """This process among all ranks for as long as the context lasts, by a `distributed` section; ends it by one line.
+
+    Gives its place, its device and whether signals asked to stop. Of `expected` errors only the message is shown; of a
+    failed exchange, which ranks were lost.
+    """
+    here, signals = world(), Stop()
+    if not here.main:
+        warnings.simplefilter("ignore")  # the main rank gives the same
+    try:
+        _, device = start(settings.dist_backend, settings.dist_url, settings.timeout_minutes)
+        yield here, device, signals
+    except (*expected, DistError) as error:
+        end(str(error))
+    except RuntimeError as error:
+        silent = silent_ranks()
+        if not silent:
+            raise
+        named = ", ".join(map(str, silent))
+        end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
+    stop()
+    signals.ignore()
 
 
 def end(message: str) -> NoReturn:

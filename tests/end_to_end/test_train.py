@@ -251,7 +251,7 @@ def test_a_folder_of_another_training_is_refused(by_milestones, tmp_path, train,
 
 
 def test_without_requeue_it_starts_anew(tmp_path, train, stage_yaml):
-    for images in (4, 8):
+    for images in (4, 8, 8):
         arguments = (f"config={stage_yaml}", f"experiment.stop_at={images}", "experiment.requeue=false")
         result = train(tmp_path, *arguments, "experiment.milestones=[]")
         assert result.codes == [0] and f"steps 0 to {images // 2} of 8" in result.text, result.text
@@ -304,6 +304,32 @@ def test_an_average_may_start_from_other_weights(by_milestones, tmp_path, train,
 
 
 # ---------------------------------------------------------------- samples at each save
+def test_other_first_weights_are_another_training(by_milestones, tmp_path, train, stage_yaml):
+    first = shutil.copytree(by_milestones / RUN / "16/pipeline", tmp_path / "plain", symlinks=False)
+    arguments = (f"config={stage_yaml}", "experiment.milestones=[]")
+    assert train(tmp_path, *arguments, "experiment.stop_at=4").codes == [0]
+    refused(train(tmp_path, *arguments, f"init={first}"), "the fingerprint of init", "experiment.requeue=false")
+
+
+def test_sharded_half_precision_flow_matching_trains_and_draws(tmp_path, train, stage_yaml):
+    (tmp_path / "captions.txt").write_text("a red square\n")
+    scheduler = ["model.scheduler.target=DPMSolverMultistepScheduler"]
+    scheduler += ["model.scheduler.params={prediction_type: flow_prediction, use_flow_sigmas: true}"]
+    options = [*EXACT, *scheduler, "experiment.eval_caption_file=captions.txt", "experiment.eval_steps=2"]
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        (tmp_path / strategy).mkdir()
+        shutil.copy(tmp_path / "captions.txt", tmp_path / strategy)
+        more = [f"distributed.strategy={strategy}", "model.mixed_precision=bf16"]
+        result = train(tmp_path / strategy, f"config={stage_yaml}", *options, *more, ranks=2)
+        assert result.codes == [0, 0], result.text
+        assert (tmp_path / strategy / RUN / "samples/16.png").exists()
+        found[strategy] = losses(tmp_path / strategy / RUN)
+        whole = weights(tmp_path / strategy / RUN / "pipeline")
+        assert {w.dtype for w in whole.values()} == {torch.float32}
+    assert found["fsdp"] == pytest.approx(found["ddp"], rel=0.03)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_captions_are_drawn_at_each_save_by_all_ranks(tmp_path, train, stage_yaml, strategy):
     (tmp_path / "captions.txt").write_text("a red square\n\na small blue circle\na green circle\nnot asked for\n")
@@ -605,6 +631,12 @@ MISTAKES = {
     ),
     "a batch of nothing": (["system.batch_size=0"], ["system.batch_size", "0"]),
     "a found batch without a GPU": (["system.batch_size=auto"], ["system.batch_size", "auto", "GPU"]),
+    "a found batch of shards": (
+        ["system.batch_size=auto", "distributed.strategy=fsdp"],
+        ["system.batch_size", "auto", "distributed.strategy=ddp"],
+    ),
+    "a wait longer than others wait": (["experiment.wait_minutes=30"], ["experiment.wait_minutes", "timeout_minutes"]),
+    "a decay of one": (["optimizer.params.beta1=1"], ["optimizer.params.beta1", "less than 1"]),
     "sharding over one": (["distributed.strategy=fsdp"], ["distributed.strategy", "ddp"]),
     "sharded additions": (
         ["distributed.strategy=fsdp", "model.lora.rank=2"],
@@ -660,7 +692,7 @@ def test_an_unreadable_checkpoint_is_refused_and_left(by_milestones, tmp_path, t
 def test_a_second_trainer_in_one_folder_is_refused(by_milestones, train, frozen_yaml):
     before = sorted(by_milestones.rglob("*"))
     with open(by_milestones / RUN / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # as a trainer that is still alive holds it
+        fcntl.lockf(held, fcntl.LOCK_EX)  # as a trainer that is still alive holds it
         result = train(by_milestones, f"config={frozen_yaml}", "experiment.stop_at=16")
     refused(result, str(RUN), "another process is training here")
     assert sorted(by_milestones.rglob("*")) == before

@@ -96,6 +96,13 @@ def test_until_a_save_has_ended_it_is_no_checkpoint(tmp_path):
     assert saves.saved() == [16] and saves.newest == 16 and not saves.settled()
 
 
+def test_what_killed_saves_left_goes_at_the_next_start(tmp_path):
+    saves = checkpoints(tmp_path)
+    (tmp_path / ".7.tmp").mkdir()
+    checkpoint.start_milestone(saves, 100, 0, "code")
+    assert os.listdir(tmp_path) == []
+
+
 def test_traces_of_killed_saves_are_in_nobodys_way(tmp_path):
     saves = checkpoints(tmp_path)
     (tmp_path / ".8.tmp").mkdir(parents=True)
@@ -138,6 +145,17 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with pytest.raises(CheckpointError, match="saves/8: unreadable checkpoint"):
         saves.load(8)
     assert not sprung.exists()
+
+
+def test_no_function_has_a_place_in_an_index(tmp_path):
+    saves = checkpoints(tmp_path)
+    fill(saves, 8)
+    module = "torch.distributed.checkpoint.metadata"
+    for name in ("dataclass", "field", "os", "Any"):
+        trap = f"c{module}\n{name}\n.".encode()
+        (tmp_path / "8/.metadata").write_bytes(trap)
+        with pytest.raises(CheckpointError, match=f"{module}.{name} has no place in a checkpoint"):
+            saves.load(8)
 
 
 def test_a_cut_checkpoint_is_named(tmp_path):
@@ -281,7 +299,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match=r"\.lock: this file system has no locks .*start one trainer only"):
         with checkpoint.lock(tmp_path):
             pass

@@ -78,7 +78,7 @@ def test_one_process_needs_no_group(alone):
     assert here == World(0, 1, 0, "single") and device.type in ("cpu", "cuda")
     assert dist.total(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
     assert dist.least(7, torch.device("cpu")) == 7 and dist.gather("a") == ["a"]
-    assert dist.cpu_group() is None and dist.silent_ranks() == []
+    assert dist.from_main("a") == "a" and dist.cpu_group() is None and dist.silent_ranks() == []
     dist.barrier()
     dist.stop()
 
@@ -104,7 +104,8 @@ def test_processes_that_cannot_meet_say_where(alone):
 
 def agree(rank: int):
     sums = dist.total(torch.tensor([float(rank), 10.0])).tolist()
-    return sums, dist.least(5 - rank, torch.device("cpu")), dist.gather({"rank": rank}, dist.cpu_group())
+    assert dist.cpu_group(1.0).size() == 2 and dist.from_main(["of", rank]) == ["of", 0]
+    return sums, dist.least(5 - rank, torch.device("cpu")), dist.gather({"rank": rank})
 
 
 def test_ranks_add_up_and_agree():
@@ -191,6 +192,7 @@ def test_signals_are_noted_and_at_the_end_ignored():
     try:
         for number in dist.Stop.SIGNALS:
             stop = dist.Stop()
+            stop.listen()
             assert stop.name is None and not stop.agreed
             os.kill(os.getpid(), number)
             assert stop.name == signal.Signals(number).name

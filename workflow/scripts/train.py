@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from sdtrain import checkpoint, config, diffusion, dist, identity, loader, objective, parallel, schema
 from sdtrain.ema import trainable
@@ -27,7 +28,7 @@ from sdtrain.telemetry import Telemetry, TelemetryError, peak_flops, start_wandb
 QUARTILES = 4  # of time, from little noise to much, that losses are told by
 EXPECTED = (
     *(config.ConfigError, ModelError, objective.ObjectiveError, loader.DataError),
-    *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError),
+    *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError, OSError, SafetensorError),
 )
 
 
@@ -50,7 +51,8 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     dist.barrier()  # the main rank may have waited for another trainer's end
     own = identity.identify(cfg, global_batch)
     result = own.folder / str(milestone)
-    if config.record_fingerprint(result / "train.json") == own.key:
+    finished = e.requeue and config.record_fingerprint(result / "train.json") == own.key
+    if dist.from_main(finished):
         if here.main:
             print(f"{result / 'train.json'}: finished already", flush=True)
         return True
@@ -75,19 +77,19 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         own.saves,
         state,
         main=here.main,
-        group=dist.cpu_group(),
+        group=dist.cpu_group(cfg.distributed.timeout_minutes),
         keep=e.keep_checkpoints if e.save_only_most_recent else None,
         always={*ends.values()},
     )
     if here.main:
         checkpoint.start_milestone(saves, milestone, previous, identity.code())
         if not e.requeue:
-            checkpoint.wipe(saves, previous)
+            checkpoint.wipe(saves, -1)
     dist.barrier()
 
     # Resume; a checkpoint before the first step shows in time whether there is room for any
     first = 0
-    if found := [i for i in saves.saved() if i <= last * global_batch]:
+    if found := dist.from_main([i for i in saves.saved() if i <= last * global_batch]):
         saves.load(found[-1])
         first = found[-1] // global_batch
         if here.main:
@@ -113,7 +115,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         total=last * global_batch,
         start=first * global_batch,
         label=f"{e.project}/{e.name}",
-        wandb=start_wandb(cfg, own.folder, own.key) if logs else None,
+        wandb=start_wandb(cfg, own.folder, own.run_id) if logs else None,
         quiet=not here.main,
         position=position,
         world_size=here.size,
@@ -126,6 +128,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         about += f", world size {here.size}, global batch {global_batch} ({accumulation} x {micro_batch} a rank)"
         print(f"{own.folder}: {about}, steps {first:,} to {last:,} of {steps:,}", flush=True)
 
+    stop.listen()
     step, waited, lost = first, 0.0, 0
     while step < last and not stop.agreed:
         for weights in optimizer.param_groups:
@@ -177,7 +180,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
             back = progress.roll_back(saves, step * global_batch, e.max_rollbacks)
             telemetry.rewind(back)
             telemetry.note(back, "rolled back to the last checkpoint", position)
-            step = back // global_batch
+            step, waited = back // global_batch, 0.0
             continue
 
         # Log
@@ -189,10 +192,10 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
             telemetry.log(step * global_batch, values, position)
             waited = 0.0
 
-        # Save, in the background; draw what has been learnt
-        if step % e.save_every == 0 or step == last or stop.agreed:
+        # Save, in the background, but not in the midst of a bad streak; draw what has been learnt
+        if (step % e.save_every == 0 and not bad) or step == last or stop.agreed:
             with telemetry.excluded():
-                progress.save(saves, step * global_batch)
+                saves.save(step * global_batch)
                 if captions and not stop.agreed:
                     picture = own.folder / "samples" / f"{step * global_batch}.png"
                     diffusion.draw_grid(net, captions, cfg.dataset.params.resolution, e, here, picture)
@@ -204,7 +207,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     # Stopped by a signal: all is saved, and a file asks for a new start, as exit codes get lost on the way
     if step < last:
         if here.main:
-            config.write_json(own.folder / "requeue", {"signal": stop.name, "images": step * global_batch})
+            config.write_json(own.folder / "requeue", {"images": step * global_batch})
             print(f"{own.folder}: stopped, saved at {step * global_batch} images; the same command goes on", flush=True)
         dist.barrier()
         return False

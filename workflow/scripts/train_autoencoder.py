@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors import SafetensorError
 
 from sdtrain import (
     autoencoder,
@@ -53,7 +54,7 @@ NEUTRAL = (  # keys that do not decide the weights, or that count by a record, o
 )
 EXPECTED = (
     *(config.ConfigError, ModelError, features.FeatureError, loader.DataError),
-    *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError),
+    *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError, OSError, SafetensorError),
 )
 
 
@@ -75,7 +76,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     # Folder: checkpoints are keyed by all that decides the weights
     dist.barrier()  # the main rank may have waited for another trainer's end
     own = identify(settings, sides["train"], global_batch, training_folder(output))
-    if config.record_fingerprint(output) == own.key:
+    if dist.from_main(config.record_fingerprint(output) == own.key):
         if here.main:
             print(f"{output}: finished already", flush=True)
         return True
@@ -103,14 +104,16 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     best = {f"psnr_{size}px": torch.tensor(-math.inf, dtype=torch.float64) for size in held_out}
     state = {"vae": trainable(vae), "ema": ema.weights, "optimizer": state_by_name(optimizer, vae)}
     state |= {"best": best, **progress.state}
-    saves = checkpoint.Checkpoints(own.saves, state, main=here.main, group=dist.cpu_group(), keep=2)
+    saves = checkpoint.Checkpoints(
+        own.saves, state, main=here.main, group=dist.cpu_group(settings.distributed.timeout_minutes), keep=2
+    )
     if here.main:
         checkpoint.start_milestone(saves, settings.num_examples_to_see, -1, identity.code())
     dist.barrier()
 
     # Resume; a checkpoint before the first step shows in time whether there is room for any
     first = 0
-    if found := saves.saved():
+    if found := dist.from_main(saves.saved()):
         saves.load(found[-1])
         first = found[-1] // global_batch
         if here.main:
@@ -142,6 +145,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
         about += f"; {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M weights, world size {here.size}"
         print(f"{own.folder}: {about}, global batch {global_batch}, steps {first:,} to {steps:,}", flush=True)
 
+    stop.listen()
     step, waited, lost = first, 0.0, 0
     while step < steps and not stop.agreed:
         for weights in optimizer.param_groups:
@@ -188,7 +192,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
             back = progress.roll_back(saves, step * global_batch, settings.max_rollbacks)
             telemetry.rewind(back)
             telemetry.note(back, "rolled back to the last checkpoint", position)
-            step = back // global_batch
+            step, waited = back // global_batch, 0.0
             continue
 
         # Log
@@ -201,7 +205,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
             waited = 0.0
 
         # Save, in the background; first show what has been learnt, so that no resume leaves it out
-        due = step % settings.save_every == 0 or step == steps
+        due = (step % settings.save_every == 0 and not bad) or step == steps
         if due or stop.agreed:
             with telemetry.excluded():
                 if due:
@@ -215,7 +219,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
                     quality |= {f"best_{name}": value.item() for name, value in best.items()}
                     telemetry.note(step * global_batch, "held-out images", position, **quality)
                     telemetry.log_image(step * global_batch, picture)
-                progress.save(saves, step * global_batch)
+                saves.save(step * global_batch)
     saves.finish()
     stream.close()
     telemetry.close()
@@ -223,7 +227,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     # Stopped by a signal: all is saved, and a file asks for a new start, as exit codes get lost on the way
     if step < steps:
         if here.main:
-            config.write_json(own.folder / "requeue", {"signal": stop.name, "images": step * global_batch})
+            config.write_json(own.folder / "requeue", {"images": step * global_batch})
             print(f"{own.folder}: stopped, saved at {step * global_batch} images; the same command goes on", flush=True)
         dist.barrier()
         return False
@@ -309,7 +313,9 @@ def open_wandb(settings, own: identity.Identity):
     """A wandb run of project components; its key, entity and server are those of the environment."""
     who = {"wandb": {"api_key": None, "entity": None, "mode": settings.wandb_mode}}
     who["experiment"] = {"project": "components", "name": own.folder.name}
-    return start_wandb(OmegaConf.create({**OmegaConf.to_container(settings, resolve=True), **who}), own.folder, own.key)
+    return start_wandb(
+        OmegaConf.create({**OmegaConf.to_container(settings, resolve=True), **who}), own.folder, own.run_id
+    )
 
 
 # ---------------------------------------------------------------- what it has learnt

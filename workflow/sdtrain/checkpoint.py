@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from sdtrain.config import write_text
+from sdtrain.dist import is_lost
 
 # One process without a process group is meant so
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -64,7 +65,7 @@ class Checkpoints:
             with self._named(images):
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True, exist_ok=True)
-        writer = dcp.FileSystemWriter(aside)
+        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)  # staged on the CPU already: no GPU is asked
         with self._named(images):
             future = dcp.async_save(
                 self.state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
@@ -106,6 +107,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            if is_lost(error):
+                raise
             if self.main:
                 shutil.rmtree(self.folder / f".{images}.tmp", ignore_errors=True)
             path = self.folder / str(images)
@@ -124,6 +127,8 @@ class Checkpoints:
                 warnings.simplefilter("ignore", UserWarning)
                 dcp.load(self.state, storage_reader=_Reader(path), process_group=self.group, no_dist=self.group is None)
         except (Exception, dcp.CheckpointException) as error:
+            if is_lost(error):
+                raise
             raise CheckpointError(
                 f"{path}: unreadable checkpoint, or one of another architecture ({_reason(error)}); "
                 "delete it to go on from the one before"
@@ -145,17 +150,22 @@ class _Reader(dcp.FileSystemReader):
         return found
 
 
+INDEX_NAMES = {  # all that an index of tensors is made of
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+        *("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath"},
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         """A class that an index of tensors is made of; anything else is refused."""
-        known = {
-            "torch.distributed.checkpoint.metadata": dcp_metadata.__dict__,
-            "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-            "torch.serialization": {"_get_layout"},
-            "torch": {"Size", "dtype", *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))},
-            "pathlib": {"PosixPath"},
-        }
-        if name not in known.get(module, ()) or "." in name:
+        if name not in INDEX_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
 
@@ -185,6 +195,8 @@ def start_milestone(checkpoints: Checkpoints, images: int, previous: int, code: 
     it was trained with. Asked for again with other code, it is trained again from the milestone before; with the same
     code that would give the same weights, so what is there is only exported again.
     """
+    for remains in checkpoints.folder.glob(".*.tmp"):  # of saves that were killed
+        shutil.rmtree(remains, ignore_errors=True)
     mark = checkpoints.folder / f"{images}.done"
     if mark.exists() and mark.read_text().strip() != code:
         wipe(checkpoints, previous)
@@ -210,8 +222,9 @@ def finish_milestone(checkpoints: Checkpoints, images: int, code: str) -> None:
 def lock(folder: str | Path, wait_minutes: float = 0.0) -> Iterator[None]:
     """Keep a second trainer out of `folder`, or let it wait for the first one's end.
 
-    The kernel drops the lock with the process, so it never goes stale; who holds it stands in the file. Raises
-    CheckpointError once the wait is over. Where the file system knows no locks, it says so and goes on.
+    It is this process's own, no loader process inherits it; the kernel drops it with the process, so it never goes
+    stale; who holds it stands in the file. Raises CheckpointError once the wait is over. Where the file system knows
+    no locks, it says so and goes on.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a+") as file:
@@ -233,7 +246,7 @@ def lock(folder: str | Path, wait_minutes: float = 0.0) -> Iterator[None]:
 def _locked(file) -> bool:
     """Take the file's lock if it is free."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
             return False

@@ -53,6 +53,7 @@ CHOICES = {
     "table.kind": ("files", "hub", "emoji"),
     "source": ("package", "folder", "url", "hub", "train"),
 }
+TIMEOUT = "distributed.timeout_minutes"
 LEAST = {  # the smallest value of keys that count something
     **dict.fromkeys(("system.gradient_accumulation", "system.global_batch", "system.threads"), 1),
     **dict.fromkeys(("experiment.save_every", "experiment.log_every", "experiment.keep_checkpoints"), 1),
@@ -63,15 +64,14 @@ LEAST = {  # the smallest value of keys that count something
     **dict.fromkeys(("system.workers", "dataset.params.workers", "dataset.params.prefetch"), 0),
     **dict.fromkeys(("experiment.num_examples_to_see", "experiment.max_rollbacks", "experiment.wait_minutes"), 0),
     **dict.fromkeys(("lr_scheduler.params.warmup_length", "objective.offset_noise", "objective.logit_std"), 0),
+    **dict.fromkeys(("optimizer.params.epsilon", "optimizer.params.weight_decay", "optimizer.params.learning_rate"), 0),
+    **dict.fromkeys(("experiment.seed", "objective.snr_gamma"), 0),
+    **dict.fromkeys(("optimizer.max_grad_norm", TIMEOUT), 1e-6),
 }
+BELOW_ONE = ("optimizer.params.beta1", "optimizer.params.beta2")
 SHARES = (
     *("objective.caption_dropout", "dataset.params.max_lost", "model.ema.decay", "model.lora.dropout"),
-    *(
-        "optimizer.params.beta1",
-        "optimizer.params.beta2",
-        "lr_scheduler.params.decay_from",
-        "lr_scheduler.params.final",
-    ),
+    *("lr_scheduler.params.decay_from", "lr_scheduler.params.final", *BELOW_ONE),
 )
 REPEATS = {  # the seed's dataset section says these again
     "dataset.params.batch_size": "system.batch_size",
@@ -512,6 +512,16 @@ def _check_values(config: DictConfig, where: str) -> None:
     for key in SHARES:
         if (value := value_of(key)) is not None and not 0 <= value <= 1:
             refuse(key, "is no share between 0 and 1")
+    for key in BELOW_ONE:
+        if value_of(key) == 1:
+            refuse(key, "must be less than 1")
+    wait = value_of("experiment.wait_minutes")
+    if wait and wait >= value_of(TIMEOUT):
+        refuse(
+            "experiment.wait_minutes", f"must be less than {TIMEOUT}={value_of(TIMEOUT)}, in which ranks wait for it"
+        )
+    if size == "auto" and value_of("distributed.strategy") == "fsdp":
+        refuse("system.batch_size", "is for distributed.strategy=ddp; set a number")
     for key, followed in REPEATS.items():
         if value_of(key) != value_of(followed):
             refuse(key, f"repeats {followed}, which is {value_of(followed)!r}; set that one")

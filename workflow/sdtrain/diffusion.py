@@ -55,7 +55,10 @@ def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Netw
             )
         lora.add(unet, cfg.model.lora)
     encode_text = models.TextEncoding(parts.tokenizer, parts.text_encoder, device)
-    empty_text, latents_shape = encode_text([""]), (unet.config.in_channels, side, side)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with autocast:  # as in training: it stays in the cache
+        empty_text = encode_text([""])
+    latents_shape = (unet.config.in_channels, side, side)
     flops = training_flops(unet, latents_shape, empty_text.shape[1:])
     average = _initial_average(cfg, unet)
     _set_computation(cfg, unet, parts.vae, device, torch.bfloat16 if bf16 else torch.float32)
@@ -73,7 +76,7 @@ def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Netw
         empty_text=empty_text,
         latents_shape=latents_shape,
         device=device,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        autocast=autocast,
         kernel=models.attention_kernel(cfg.model.attention),
         layout=torch.channels_last if cfg.system.channels_last else torch.contiguous_format,
         lora=cfg.model.lora.rank is not None,
@@ -139,14 +142,17 @@ def find_micro_batch(net: Network, share: int, pixels: int | None) -> int:
     """
 
     def attempt(count: int) -> None:
-        with net.autocast:
+        try:
+            with net.autocast, net.kernel:
+                latents = torch.randn(count, *net.latents_shape, device=net.device).to(memory_format=net.layout)
+                text, times = net.empty_text.expand(count, -1, -1), torch.zeros(count, device=net.device)
+                # not through DDP, which would wait for the other ranks, and for ever after a pass that did not end
+                net.unet(latents, times, encoder_hidden_states=text).sample.square().mean().backward()
             if pixels:
-                models.encode_moments(net.parts.vae, torch.zeros(count, 3, pixels, pixels, device=net.device))
-            latents = torch.randn(count, *net.latents_shape, device=net.device).to(memory_format=net.layout)
-            text, times = net.empty_text.expand(count, -1, -1), torch.zeros(count, device=net.device)
-            with net.kernel:
-                net.model(latents, times, encoder_hidden_states=text).sample.square().mean().backward()
-        net.unet.zero_grad(set_to_none=True)
+                with net.autocast:
+                    models.encode_moments(net.parts.vae, torch.zeros(count, 3, pixels, pixels, device=net.device))
+        finally:
+            net.unet.zero_grad(set_to_none=True)
 
     return parallel.largest_that_fits(share, attempt, net.device)
 
@@ -160,7 +166,7 @@ def draw_grid(net: Network, captions: list[str], resolution: int, experiment, he
     options = {"guidance_scale": experiment.eval_guidance_scale, "steps": experiment.eval_steps}
     options |= {"seed": experiment.seed + first, "batch_size": min(16, share)}
     net.unet.eval()
-    with net.ema.applied(net.unet) if net.ema else contextlib.nullcontext():
+    with net.ema.applied(net.unet) if net.ema else contextlib.nullcontext(), net.autocast:
         pipe = sampling.pipeline_of(net.parts, net.unet)
         drawn = dist.gather([np.asarray(image) for image in sampling.generate(pipe, mine, resolution, **options)])
     net.unet.train()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,10 +117,11 @@ def joined(settings, expected: tuple[type[Exception], ...]) -> Iterator[tuple[Wo
         yield here, device, signals
     except (*expected, DistError) as error:
         end(str(error))
-    except RuntimeError as error:
-        silent = silent_ranks()
+    except Exception as error:
+        silent = silent_ranks() if is_lost(error) else []
         if not silent:
-            raise
+            traceback.print_exc()
+            end(f"{type(error).__name__}: {error}")
         named = ", ".join(map(str, silent))
         end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
     stop()
@@ -153,18 +156,35 @@ def least(value: int, device: torch.device) -> int:
     return int(found)
 
 
-def cpu_group():
+def cpu_group(timeout_minutes: float = 30.0):
     """A process group that moves what lies on CPUs, for checkpoints in the background; None for one process."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
-def gather(value, group=None) -> list | None:
+def from_main(value):
+    """The main rank's value, a plain object, for all: a shared disk may show other ranks an older state."""
+    found = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def gather(value) -> list | None:
     """Every rank's value, a plain object, on the main rank; None on the others."""
     if not dist.is_initialized():
         return [value]
     found = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, found, group=group)
+    dist.gather_object(value, found)
     return found
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of an exchange which another rank did not take part in."""
+    causes = [error, *(cause for cause, _ in getattr(error, "failures", {}).values())]
+    signs = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket"
+    return any(isinstance(c, dist.DistError) or re.search(signs, str(c), re.IGNORECASE) for c in causes)
 
 
 def silent_ranks(wait_seconds: float = 5.0) -> list[int]:
@@ -212,13 +232,20 @@ def batch_sizes(system, world_size: int) -> tuple[int | None, int | None, int]:
 
 
 class Stop:
-    """Whether a signal has asked to save and stop: SIGTERM, SIGUSR1 (SLURM's warning before a limit) or SIGINT."""
+    """Whether a signal has asked to save and stop: SIGUSR1 (SLURM's warning before a limit) at any time, and SIGTERM
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    and SIGINT once there is something to save; before that, these two end the process as ever.
+    """
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
         self.name: str | None = None
         self.agreed = False  # whether a signal has come to any of the ranks
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def listen(self) -> None:
+        """From now on all of them are noted."""
         for number in self.SIGNALS:
             signal.signal(number, self._note)
 

@@ -29,6 +29,11 @@ class Identity:
         return config.fingerprint(self.decisive, self.sources)
 
     @property
+    def run_id(self) -> str:
+        """What wandb knows it by: the same in another folder is another run."""
+        return config.fingerprint(self.key, str(self.folder))
+
+    @property
     def saves(self) -> Path:
         """The folder of its checkpoints."""
         return self.folder / "checkpoints" / self.key
@@ -94,8 +99,14 @@ def source_fingerprints(cfg) -> dict[str, str]:
     found = {part: config.record_fingerprint(f"{source}.json") for part, source in records.items() if source}
     found["dataset"] = data_fingerprint(cfg.dataset.params.path)
     if cfg.init:
-        found["init"] = config.record_fingerprint(Path(cfg.init).parent / "train.json")
+        found["init"] = init_fingerprint(Path(cfg.init).resolve()) + f" {cfg.init_weights}"
     return {k: v for k, v in found.items() if v}
+
+
+def init_fingerprint(folder: Path) -> str:
+    """What the record of a training or of a component says that a pipeline folder is; else the folder itself."""
+    records = (folder.parent / "train.json", f"{folder}.json")
+    return next((found for record in records if (found := config.record_fingerprint(record))), str(folder))
 
 
 def data_fingerprint(path: str) -> str:

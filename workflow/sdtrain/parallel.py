@@ -26,8 +26,10 @@ def blocks(unet: nn.Module) -> list[nn.Module]:
 
 def compile_model(unet: nn.Module, how: str | None) -> None:
     """Compile the UNet whole ("model") or block by block ("blocks"), in place: names of weights stay."""
+    # all residual blocks share one code, which is compiled anew for each of their shapes: more often than torch's limit
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in {"model": [unet], "blocks": blocks(unet)}.get(how, []):
-        module.compile()
+        module.compile(dynamic=False)
 
 
 def spread(unet: nn.Module, strategy: str, world_size: int, device: torch.device, bf16: bool = False) -> nn.Module:
@@ -44,9 +46,12 @@ def spread(unet: nn.Module, strategy: str, world_size: int, device: torch.device
     if strategy == "ddp":
         return DistributedDataParallel(unet, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (world_size,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for module in [*blocks(unet), unet]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
+    # timesteps go in, and predictions come out, as they are: in bfloat16, 501.7 would be 502
+    whole = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False, output_dtype=torch.float32 if bf16 else None)
+    for module in blocks(unet):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes), reshard_after_forward=True)
+    fully_shard(unet, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
     return unet
 
 

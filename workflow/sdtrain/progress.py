@@ -12,7 +12,7 @@ COUNTS = (
     "in_a_row",  # of those, the ones since the last update
     "moved",  # images of the stream that rollbacks left behind
     "rollbacks",  # in all
-    "tries",  # rollbacks to the same checkpoint
+    "tries",  # rollbacks since the last update
     "lost",  # unreadable samples that others stood in for
 )
 
@@ -37,6 +37,7 @@ class Progress:
         self.window["losses"] += torch.tensor(losses, dtype=torch.float64)
         self.window["images"] += torch.tensor(images, dtype=torch.float64)
         self.counts["in_a_row"].zero_()
+        self.counts["tries"].zero_()
         self.counts["updates"] += 1
 
     def skip(self) -> None:
@@ -51,15 +52,10 @@ class Progress:
             tensor.zero_()
         return (losses.sum() / images.sum()).item(), (losses / images).tolist()
 
-    def save(self, checkpoints: Checkpoints, images: int) -> None:
-        """Save the whole state at `images` images seen: from there on, rollbacks count anew."""
-        self.counts["tries"].zero_()
-        checkpoints.save(images)
-
     def roll_back(self, checkpoints: Checkpoints, images: int, limit: int) -> int:
         """At `images` images seen, load the newest checkpoint again, and move its data on to what follows now.
 
-        Returns the images seen there. Raises CheckpointError after `limit` returns to the same one.
+        Returns the images seen there. Raises CheckpointError after `limit` returns without an update since.
         """
         checkpoints.finish()
         back = checkpoints.newest

@@ -193,7 +193,7 @@ def test_what_is_compiled_computes_the_same(tiny_unet_params, how):
     with pytest.MonkeyPatch.context() as patch:
         # the eager backend traces as any other does; to generate code takes minutes on a CPU
         compile_of = torch.nn.Module.compile
-        patch.setattr(torch.nn.Module, "compile", lambda module: compile_of(module, backend="aot_eager"))
+        patch.setattr(torch.nn.Module, "compile", lambda module, **how: compile_of(module, backend="aot_eager", **how))
         parallel.compile_model(compiled, how)
     for unet in (plain, compiled):
         backward(unet, 0, slice(0, 4))

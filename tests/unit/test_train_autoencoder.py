@@ -429,7 +429,7 @@ def test_it_tells_wandb_whose_and_what_it_is(given, tmp_path, monkeypatch):
     own = script.identify(cfg, given[1].removeprefix("train="), 4, script.training_folder(Path("component.json")))
     own.folder.mkdir(parents=True)
     run = script.open_wandb(cfg, own)
-    assert (run.project, run.name, run.id) == ("components", "component", own.key)
+    assert (run.project, run.name, run.id) == ("components", "component", own.run_id)
     assert run.config["params"]["latent_channels"] == 3
     run.finish()
     assert list(own.folder.glob("wandb/offline-run-*"))

@@ -99,7 +99,7 @@ def source_fingerprints(cfg) -> dict[str, str]:
     found = {part: config.record_fingerprint(f"{source}.json") for part, source in records.items() if source}
     found["dataset"] = data_fingerprint(cfg.dataset.params.path)
     if cfg.init:
-        found["init"] = init_fingerprint(Path(cfg.init).resolve()) + f" {cfg.init_weights}"
+        found["init"] = init_fingerprint(Path(cfg.init).resolve())
     return {k: v for k, v in found.items() if v}
 
 

@@ -125,7 +125,7 @@ def finished(checkout) -> Path:
     """The run, killed with all its processes once stage 1 has left a checkpoint, then unlocked and finished."""
     first, deadline = snakemake(checkout), time.monotonic() + 300
     try:
-        while not list(checkout.glob(f"{RUN}/stage1/checkpoints/*/*.pt")):
+        while not list(checkout.glob(f"{RUN}/stage1/checkpoints/*/[1-9]*/.metadata")):
             assert first.poll() is None and time.monotonic() < deadline, (checkout / "output").read_text()
             time.sleep(0.01)
     finally:

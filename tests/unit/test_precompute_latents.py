@@ -246,24 +246,28 @@ def ended(processes: list) -> list[int]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_points_it_ends_in_the_same_bytes(source, tiny_parts, tmp_path, ranks):
-    chance, began, kills = random.Random(ranks), time.monotonic(), 0
+    chance, began = random.Random(ranks), time.monotonic()
     (whole := tmp_path / "whole").mkdir()
     assert ended(start(whole, arguments(whole, source, tiny_parts, "workers=0"), 1)) == [0]
     duration, expected = time.monotonic() - began, files(whole)
     assert {"manifest.json", "check.png"} < set(expected) and len(list(whole.glob("*/*.tar"))) == 3
     for name in ("first", "second", "third"):
         (folder := tmp_path / name).mkdir()
-        values = arguments(folder, source, tiny_parts, "workers=0")
-        for _ in range(4):
+        values, kills = arguments(folder, source, tiny_parts, "workers=0"), 0
+        while kills < 4:
             processes = start(folder, values, ranks)
             for process in chance.sample(processes, ranks):  # in any order, one after the other
                 time.sleep(chance.uniform(0, 0.6 * duration))
                 kills += process.is_alive()
                 process.kill()
                 process.join()
+            if (folder / "manifest.json").exists():  # it was faster: begin anew, and strike earlier
+                duration, kills = 0.7 * duration, 0
+                shutil.rmtree(folder)
+                folder.mkdir()
+                arguments(folder, source, tiny_parts, "workers=0")
         assert ended(start(folder, values, ranks)) == [0] * ranks, folder.with_suffix(".log").read_text()
         assert files(folder) == expected
-    assert kills > 6
 
 
 def test_a_killed_process_dies_by_the_signal(source, tiny_parts, tmp_path):

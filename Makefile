@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench lock clean-env
+.PHONY: help env demo status test lint bench lock clean-env
 
 PYTHON ?= python3.11
 RUN ?= demo
@@ -35,6 +35,9 @@ demo: env  ## run the workflow for RUN=demo (ARGS="-n" only shows the plan) and 
 	@flock --close --nonblock --conflict-exit-code 75 .snakemake/make.lock bash -c '$(RUN_WORKFLOW)' || { status=$$?; \
 		[ $$status -ne 75 ] || echo "error: another make demo runs in this folder; wait for it, or end it" >&2; exit $$status; }
 	@if [ -f results/runs/$(RUN)/metrics.txt ]; then cat results/runs/$(RUN)/metrics.txt; fi
+
+status: env  ## show a run's stages, progress and SLURM jobs (RUN=demo)
+	@python workflow/scripts/status.py run=$(RUN)
 
 # Two workers of one thread each: more threads than cores make small models many times slower.
 test: env  ## run the tests, all but those that need SLURM (ARGS="-k name" picks some)

@@ -10,7 +10,7 @@ LIBRARY = sorted((WORKFLOW / "sdtrain").glob("[!_]*.py"))
 SCRIPTS = sorted((WORKFLOW / "scripts").glob("*.py"))
 LAYERS = (  # a module imports only from the layers before its own
     {"schema"},
-    {"config", "dist", "predicates", "storage"},
+    {"calls", "config", "dist", "predicates", "slurm", "storage"},
     {
         "tables",
         "tars",

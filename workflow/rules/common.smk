@@ -1,4 +1,5 @@
 # The bridge to the configuration: `plan` answers what the rules ask of it. No rules here.
+import os
 import sys
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
-from sdtrain.config import pass_on_key
+from sdtrain import calls, config as configuration
 from sdtrain.plan import Plan
 
 # a prefix of one's own takes the place of Snakemake's strict mode, without which `| tee` hides a failure
@@ -16,9 +17,18 @@ RUN = str(config.get("run", "demo"))
 OVERRIDES = config.get("set", [])
 OVERRIDES = OVERRIDES.split() if isinstance(OVERRIDES, str) else list(OVERRIDES)
 
+if workflow.is_main_process:
+    os.environ.pop(configuration.CONFIGS, None)
+    ALONE = calls.enter()
+
 plan = Plan(RUN, OVERRIDES, error=WorkflowError)
 plan.check()
-pass_on_key(plan.load_run(RUN))
+configuration.pass_on_key(plan.load_run(RUN))
+if workflow.is_main_process:  # jobs plan by what was planned here, whatever is edited while they wait
+    os.environ[configuration.CONFIGS] = str(calls.keep_copy(configuration.folder()))
+
+# What a launch line may say of its job: the counts stand once, in the profile's resources
+COUNTS = "NODES={resources.nodes} TASKS_PER_NODE={resources.tasks_per_node} CPUS={threads} GRES={resources.gres}; "
 
 TRAINED = [name for name, entry in plan.load_components().items() if entry.source == "train"]
 

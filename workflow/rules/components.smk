@@ -45,12 +45,16 @@ rule train_autoencoder:
         "../../envs/train.yaml"
     threads: 2
     resources:
+        nodes=1,
+        tasks_per_node=1,
+        gres="",
         launch="python",
     shell:
-        "{resources.launch} workflow/scripts/train_autoencoder.py"
+        COUNTS + "{resources.launch} workflow/scripts/train_autoencoder.py"
         " config={input.config}"
         " train={input.train}"
         " held_out={input.held_out}"
         " output={output}"
         " wait_minutes=20"
-        " 2>&1 | tee {log}"
+        " distributed.world_size=$((NODES * TASKS_PER_NODE))"
+        " 2>&1 | tee {log} || workflow/scripts/requeue.sh resources/components/training/{wildcards.component}/requeue"

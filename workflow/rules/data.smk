@@ -182,11 +182,14 @@ rule precompute_latents:
     conda:
         "../../envs/train.yaml"
     resources:
+        nodes=1,
+        tasks_per_node=1,
+        gres="",
         launch="python",
     params:
         text=plan.text_argument,
     shell:
-        "{resources.launch} workflow/scripts/precompute_latents.py"
+        COUNTS + "{resources.launch} workflow/scripts/precompute_latents.py"
         " config={input.config}"
         " vae=resources/components/{wildcards.component}"
         " {params.text}"

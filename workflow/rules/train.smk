@@ -18,13 +18,17 @@ rule train:
         "../../envs/train.yaml"
     threads: 2
     resources:
-        launch="torchrun --standalone --nproc_per_node 1",
+        nodes=1,
+        tasks_per_node=1,
+        gres="",
+        launch="torchrun --standalone --nproc_per_node $TASKS_PER_NODE",
     params:
         milestones=lambda w: str([m for m in plan.milestones(w.run, w.stage) if m <= int(w.images)]),
     shell:
-        "{resources.launch} workflow/scripts/train.py"
+        COUNTS + "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"
         " experiment.stop_at={wildcards.images}"
         " experiment.wait_minutes=20"
+        " distributed.world_size=$((NODES * TASKS_PER_NODE))"
         " 'experiment.milestones={params.milestones}'"
-        " 2>&1 | tee {log}"
+        " 2>&1 | tee {log} || workflow/scripts/requeue.sh results/runs/{wildcards.run}/{wildcards.stage}/requeue"

@@ -154,11 +154,11 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
 
         # Agreement: one exchange tells every rank the losses, and whether any rank met a non-finite value or a signal
         newly_lost, lost = sum(batch["lost"].values()) - lost, sum(batch["lost"].values())
-        flags = [stop.name is not None, saves.settled(), newly_lost]
+        flags = [stop.name is not None, stop.name == "SIGUSR1", saves.settled(), newly_lost]
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
         report = torch.cat([losses, images, bad[None], torch.tensor(flags, device=device)])
         report = dist.total(report.double()).tolist()
-        bad, stop.agreed, settled, newly_lost = report[2 * QUARTILES :]
+        bad, stop.agreed, stop.warned, settled, newly_lost = report[2 * QUARTILES :]
 
         # Optimizer step, or none where the gradient is no number
         step, position = step + 1, position + global_batch
@@ -207,7 +207,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     # Stopped by a signal: all is saved, and a file asks for a new start, as exit codes get lost on the way
     if step < last:
         if here.main:
-            config.write_json(own.folder / "requeue", {"images": step * global_batch})
+            config.write_json(own.folder / "requeue", {"images": step * global_batch, "warned": bool(stop.warned)})
             print(f"{own.folder}: stopped, saved at {step * global_batch} images; the same command goes on", flush=True)
         dist.barrier()
         return False

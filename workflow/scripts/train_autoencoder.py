@@ -168,10 +168,10 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
 
         # Agreement: one exchange tells every rank the losses, and whether any rank met a non-finite value or a signal
         newly_lost, lost = sum(batch["lost"].values()) - lost, sum(batch["lost"].values())
-        flags = [stop.name is not None, saves.settled(), newly_lost]
+        flags = [stop.name is not None, stop.name == "SIGUSR1", saves.settled(), newly_lost]
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
         report = torch.cat([losses.detach().double() * share, bad[None], torch.tensor(flags, device=device)])
-        *sums, bad, stop.agreed, settled, newly_lost = dist.total(report).tolist()
+        *sums, bad, stop.agreed, stop.warned, settled, newly_lost = dist.total(report).tolist()
 
         # Optimizer step, or none where the gradient is no number
         step, position = step + 1, position + global_batch
@@ -227,7 +227,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     # Stopped by a signal: all is saved, and a file asks for a new start, as exit codes get lost on the way
     if step < steps:
         if here.main:
-            config.write_json(own.folder / "requeue", {"images": step * global_batch})
+            config.write_json(own.folder / "requeue", {"images": step * global_batch, "warned": bool(stop.warned)})
             print(f"{own.folder}: stopped, saved at {step * global_batch} images; the same command goes on", flush=True)
         dist.barrier()
         return False

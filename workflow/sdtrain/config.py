@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 
 
 # ---------------------------------------------------------------- loading
-CONFIGS = Path("configs")
+CONFIGS = "SDTRAIN_CONFIGS"  # names the folder of the configurations to jobs: a copy that no edit reaches
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet")
 TABLE_DATASETS = ("ParquetDataset", "CSVDataset")
 DATASET_TYPES = ("WebDataset", "ClassificationWebDataset", *TABLE_DATASETS, "LatentDataset")
@@ -146,9 +146,14 @@ def _open_keys(values: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def folder() -> Path:
+    """Where the configurations lie: `configs`, or for a job the copy that its call of Snakemake has kept."""
+    return Path(os.environ.get(CONFIGS, "configs"))
+
+
 def load_run(run: str, overrides: list[str] = ()) -> DictConfig:
     """`configs/{run}.yaml` with its overrides; every stage is checked too."""
-    path = CONFIGS / f"{run}.yaml"
+    path = folder() / f"{run}.yaml"
     config = load(RunConfig, path, overrides)
     if OmegaConf.is_missing(config, "stages") or not config.stages:
         raise ConfigError(f"{path}: stages: at least one stage is needed, such as stages: {{stage1: {{}}}}")
@@ -159,13 +164,13 @@ def load_run(run: str, overrides: list[str] = ()) -> DictConfig:
 
 def load_data(dataset: str) -> DictConfig:
     """`configs/data/{dataset}.yaml`."""
-    path = CONFIGS / "data" / f"{dataset}.yaml"
+    path = folder() / "data" / f"{dataset}.yaml"
     return require(load(DataConfig, path), str(path))
 
 
 def load_components() -> dict[str, DictConfig]:
     """`configs/components.yaml`, each entry typed."""
-    path = CONFIGS / "components.yaml"
+    path = folder() / "components.yaml"
     entries = OmegaConf.to_container(_read_yaml(path))
     return {name: _load_component(f"{path}: {name}", entry) for name, entry in entries.items()}
 
@@ -174,7 +179,7 @@ def load_component(name: str) -> DictConfig:
     """One entry of `configs/components.yaml`."""
     entries = load_components()
     if name not in entries:
-        raise ConfigError(f"{CONFIGS / 'components.yaml'}: no component {name!r}{_nearest(name, list(entries))}")
+        raise ConfigError(f"{folder() / 'components.yaml'}: no component {name!r}{_nearest(name, list(entries))}")
     return entries[name]
 
 
@@ -230,7 +235,7 @@ def load_stage(run: str, stage: str, overrides: list[str] = ()) -> DictConfig:
     Paths that the workflow decides (log folder, project, name, dataset path, initial weights) are filled in
     where the file leaves them open.
     """
-    path = CONFIGS / f"{run}.yaml"
+    path = folder() / f"{run}.yaml"
     run_config = load(RunConfig, path, overrides)
     where = f"{path}: stages.{stage}"
     if stage not in run_config.stages:

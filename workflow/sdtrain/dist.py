@@ -113,6 +113,7 @@ def joined(settings, expected: tuple[type[Exception], ...]) -> Iterator[tuple[Wo
     if not here.main:
         warnings.simplefilter("ignore")  # the main rank gives the same
     try:
+        require_planned(settings.world_size, here)
         _, device = start(settings.dist_backend, settings.dist_url, settings.timeout_minutes)
         yield here, device, signals
     except (*expected, DistError) as error:
@@ -126,6 +127,15 @@ def joined(settings, expected: tuple[type[Exception], ...]) -> Iterator[tuple[Wo
         end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
     stop()
     signals.ignore()
+
+
+def require_planned(size: int | None, here: World) -> None:
+    """Refuse to run as other than the planned number of ranks: a launcher may give another one without a word."""
+    if size is not None and size != here.size:
+        raise DistError(
+            f"distributed.world_size: {size} ranks were planned and {here.size} came ({here.launcher}); let the counts "
+            "of the launch line (nodes x tasks a node) agree with those of the job"
+        )
 
 
 def end(message: str) -> NoReturn:
@@ -242,6 +252,7 @@ class Stop:
     def __init__(self):
         self.name: str | None = None
         self.agreed = False  # whether a signal has come to any of the ranks
+        self.warned = False  # whether it was SIGUSR1: then SLURM is to start the job again
         signal.signal(signal.SIGUSR1, self._note)
 
     def listen(self) -> None:

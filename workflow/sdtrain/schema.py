@@ -35,6 +35,7 @@ class DistributedConfig:
     dist_url: str = "env://"
     strategy: str = "ddp"  # or fsdp: weights, gradients, optimizer and average sharded over the ranks
     timeout_minutes: float = 30.0  # for a rank that hangs
+    world_size: int | None = None  # what was planned; any other number of ranks is refused
 
 
 @dataclass

@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
-from sdtrain import calls, config as configuration
+from sdtrain import calls, config as configuration, slurm
 from sdtrain.plan import Plan
 
 # a prefix of one's own takes the place of Snakemake's strict mode, without which `| tee` hides a failure
@@ -45,3 +46,16 @@ wildcard_constraints:
     parts=r"\d+",
     images=r"\d+",
     resolution=r"\d+",
+
+
+onstart:
+    if workflow.executor_plugin.name == "slurm":
+        if "launch" not in workflow.resource_settings.overwrite_resources.get("train", {}):
+            raise WorkflowError(
+                "--set-resources: the rule train has no launch line, for a key given on the command line takes the place of "
+                "the profile's whole key. Write your values into a copy of the profile: cp -r profiles/slurm profiles/mine"
+            )
+        try:
+            slurm.wait_for_jobs(Path(), say=logger.warning) if ALONE else None
+        except slurm.SlurmError as error:
+            raise WorkflowError(str(error))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,6 +58,20 @@ def jobs(folder: str | Path) -> list[Job]:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise SlurmError(f"squeue: {said}; `scontrol ping` tells whether the cluster is up")
     return parse(done.stdout, Path(folder))
+
+
+def wait_for_jobs(folder: str | Path, say: Callable[[str], None] = print, seconds: float = 15.0) -> None:
+    """Wait for the jobs that a killed call of Snakemake left in `folder`, asking every so many seconds.
+
+    Snakemake does not know them: it would submit their work a second time beside them. Raises SlurmError as `jobs` does.
+    """
+    told = None
+    while left := [job for job in jobs(folder) if job.rule]:
+        names = ", ".join(f"{job.id} ({job.rule} {job.wildcards}: {job.state})" for job in left)
+        if names != told:
+            say(f"waiting for SLURM jobs of an earlier call: {names}; `scancel` ends one, what it has saved is kept")
+        told = names
+        time.sleep(seconds)
 
 
 def parse(text: str, folder: Path) -> list[Job]:

@@ -112,6 +112,18 @@ def test_loader_processes_that_outlive_a_kill_are_in_nobodys_way(undisturbed, tm
     identical(tmp_path / RUN, undisturbed)
 
 
+def test_a_sum_over_four_ranks_does_not_depend_on_when_it_was_resumed(tmp_path, train, stage_yaml):
+    """A sum of two is the same in any order, one of four is not."""
+    arguments = (f"config={stage_yaml}", *LONG[:1], *LONG[2:], "experiment.milestones=[120]")
+    (whole := tmp_path / "whole").mkdir()
+    assert train(whole, *arguments, ranks=4).codes == [0] * 4
+    (halves := tmp_path / "halves").mkdir()
+    assert train(halves, *arguments, "experiment.stop_at=120", ranks=4).codes == [0] * 4
+    result = train(halves, *arguments, ranks=4)
+    assert result.codes == [0] * 4 and "resumed at 120 images" in result.text
+    assert same(last_checkpoint(halves / RUN), last_checkpoint(whole / RUN))
+
+
 # ---------------------------------------------------------------- signals
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_saves_all_and_asks_for_a_requeue(undisturbed, tmp_path, train, stage_yaml, number):

@@ -104,6 +104,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         pixels = cfg.dataset.params.resolution if online else None
         micro_batch = diffusion.find_micro_batch(net, global_batch // here.size, pixels)
         accumulation = global_batch // here.size // micro_batch
+    parallel.settle(net.model, lambda: diffusion.trial_pass(net, net.model, micro_batch))
     position = first * global_batch + progress["moved"]
     ranks = {"start": position, "rank": here.rank, "world_size": here.size}
     loading = {"workers": cfg.dataset.params.workers, "max_lost": cfg.dataset.params.max_lost}

@@ -95,6 +95,8 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     network = settings.loss.perceptual_network if settings.loss.perceptual else None
     distance = features.perceptual_distance(network, device) if network else None
     model = parallel.spread(autoencoder.Reconstruction(vae), "ddp", here.size, device)
+    blank = torch.zeros(share, 3, resolution, resolution), torch.zeros(share, *noise_shape)
+    parallel.settle(model, lambda: model(*[tensor.to(device) for tensor in blank])[0].mean().backward())
     optimizer, ema = adamw(vae, settings.optimizer), Ema(vae, settings.ema_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
 

@@ -143,11 +143,8 @@ def find_micro_batch(net: Network, share: int, pixels: int | None) -> int:
 
     def attempt(count: int) -> None:
         try:
-            with net.autocast, net.kernel:
-                latents = torch.randn(count, *net.latents_shape, device=net.device).to(memory_format=net.layout)
-                text, times = net.empty_text.expand(count, -1, -1), torch.zeros(count, device=net.device)
-                # not through DDP, which would wait for the other ranks, and for ever after a pass that did not end
-                net.unet(latents, times, encoder_hidden_states=text).sample.square().mean().backward()
+            # not through DDP, which would wait for the other ranks, and for ever after a pass that did not end
+            trial_pass(net, net.unet, count)
             if pixels:
                 with net.autocast:
                     models.encode_moments(net.parts.vae, torch.zeros(count, 3, pixels, pixels, device=net.device))
@@ -155,6 +152,14 @@ def find_micro_batch(net: Network, share: int, pixels: int | None) -> int:
             net.unet.zero_grad(set_to_none=True)
 
     return parallel.largest_that_fits(share, attempt, net.device)
+
+
+def trial_pass(net: Network, model: nn.Module, count: int) -> None:
+    """A forward and backward of so many latents that teach nothing, through the UNet itself or the module around it."""
+    with net.autocast, net.kernel:
+        latents = torch.zeros(count, *net.latents_shape, device=net.device).to(memory_format=net.layout)
+        text, times = net.empty_text.expand(count, -1, -1), torch.zeros(count, device=net.device)
+        model(latents, times, encoder_hidden_states=text).sample.square().mean().backward()
 
 
 # ---------------------------------------------------------------- what it has learnt

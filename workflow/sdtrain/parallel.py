@@ -65,6 +65,17 @@ def exchange(model: nn.Module, now: bool):
         yield
 
 
+def settle(model: nn.Module, one_pass: Callable[[], None]) -> None:
+    """Let DDP choose its buckets before the first step, by a forward and backward whose gradients are thrown away.
+
+    It does so anew after its first pass, and the sum over more than two ranks depends on the buckets in its last bits:
+    if that pass were a step, the first one after a resume would differ from the same step of a run that went on.
+    """
+    if isinstance(model, DistributedDataParallel):
+        one_pass()
+        model.zero_grad(set_to_none=True)
+
+
 def clip_gradients(unet: nn.Module, max_norm: float | None) -> torch.Tensor:
     """Scale the gradients to a norm of at most `max_norm`, over all ranks; returns the norm before, a scalar."""
     weights = [p for p in unet.parameters() if p.requires_grad]

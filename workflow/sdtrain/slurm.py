@@ -63,7 +63,7 @@ def jobs(folder: str | Path) -> list[Job]:
 def wait_for_jobs(folder: str | Path, say: Callable[[str], None] = print, seconds: float = 15.0) -> None:
     """Wait for the jobs that a killed call of Snakemake left in `folder`, asking every so many seconds.
 
-    Snakemake does not know them: it would submit their work a second time beside them. Raises SlurmError as `jobs` does.
+    Snakemake does not know them: it would submit their work a second time. Raises SlurmError as `jobs` does.
     """
     told = None
     while left := [job for job in jobs(folder) if job.rule]:

@@ -1,0 +1,192 @@
+"""The test cluster as its users see it: working copies, calls of Snakemake that submit jobs, tables of these jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+from checkout import ROOT
+from trainings import environment, kill_all
+
+from sdtrain import slurm
+
+FILES = Path("/var/tmp/sd-training-slurm")  # cluster.sh's
+NODES = 16
+POLLING = [sys.executable, str(Path(__file__).with_name("fast_snakemake.py"))]
+TO_THE_LETTER = ["snakemake"]
+
+
+def command(*words: str | Path, folder: Path | None = None, check: bool = True) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(
+        [*map(str, words)], cwd=folder, env=surroundings(), text=True, capture_output=True, timeout=60
+    )
+    assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of a user: the project's tools first, no network."""
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return environment(PATH=tools, WANDB_MODE="offline")
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120, said: Callable[[], str] = str):
+    """Ask until the answer is true, and return it; after so many seconds fail with what was said."""
+    end = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < end, f"waited {seconds} s for {what}\n{said()}"
+        time.sleep(0.2)
+    return answer
+
+
+# ---------------------------------------------------------------- calls of Snakemake
+@dataclass
+class Call:
+    """A call of Snakemake that runs, or has ended."""
+
+    folder: Path
+    process: subprocess.Popen
+    output: Path
+
+    def said(self) -> str:
+        """All that it has printed."""
+        return self.output.read_text(errors="replace")
+
+    def succeeds(self, seconds: float = 280) -> str:
+        """Wait for its end, which must be a good one; returns what it said."""
+        assert self.ends(seconds) == 0, self.said()
+        return self.said()
+
+    def ends(self, seconds: float = 280) -> int:
+        """Wait for its end; returns its exit code."""
+        wait_for(lambda: self.process.poll() is not None, f"the end of {self.process.args}", seconds, self.said)
+        return self.process.returncode
+
+
+@contextmanager
+def snakemake(folder: Path, *arguments: str, program: list[str] = POLLING, profile: str = "slurm") -> Iterator[Call]:
+    """Call `snakemake --profile slurm ARGUMENTS` in a folder; what is left of it at the end of the context is ended."""
+    output = folder / f"output-{time.monotonic_ns()}.txt"
+    with open(output, "w") as file:
+        words = [*program, "--profile", profile, *arguments]
+        process = subprocess.Popen(words, cwd=folder, env=surroundings(), stdout=file, stderr=file)
+    try:
+        yield Call(folder, process, output)
+    finally:
+        kill_all(process)
+        for job in slurm.jobs(folder):
+            if not process.returncode == 0:
+                command("scancel", job.id, check=False)
+
+
+# ---------------------------------------------------------------- jobs
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended, as the controller's table tells it."""
+
+    id: str
+    state: str
+    start: datetime
+    end: datetime
+    nodes: int
+
+
+def ended(folder: Path, rule: str = "") -> list[Ended]:
+    """The jobs that were submitted from a folder, or those of one rule, in the order of their numbers."""
+    logs = {path.stem for path in folder.glob(f".snakemake/slurm_logs/*_{rule}/**/*.log")} if rule else set()
+    rows = []
+    for line in (FILES / "log/jobs.txt").read_text().splitlines():
+        facts = dict(re.findall(r"(\w+)=(\S*)", line))
+        if facts["WorkDir"] == str(folder) and (not rule or facts["JobId"] in logs):
+            times = [datetime.fromisoformat(facts[name]) for name in ("StartTime", "EndTime")]
+            rows.append(Ended(facts["JobId"], facts["JobState"], *times, int(facts["NodeCnt"])))
+    return sorted(rows, key=lambda row: int(row.id))
+
+
+def overlap(a: Ended, b: Ended) -> float:
+    """Seconds in which both ran."""
+    return (min(a.end, b.end) - max(a.start, b.start)).total_seconds()
+
+
+def running(folder: Path, run: str, rule: str = "train") -> list[slurm.Job]:
+    """The jobs of one rule and run that have not ended."""
+    return [job for job in slurm.jobs(folder) if job.rule == rule and f"{run}_" in job.wildcards]
+
+
+def at_once(job: str) -> None:
+    """SLURM lets a job that went back into the queue wait for two minutes; this one starts when it can."""
+    wait_for(lambda: state(job) == "PENDING", f"job {job} back in the queue", 60, lambda: state(job))
+    command("scontrol", "update", f"jobid={job}", "starttime=now")
+
+
+def state(job: str) -> str:
+    """A job's state, or nothing once SLURM has forgotten it."""
+    return command("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", check=False).strip()
+
+
+def log_of(folder: Path, rule: str) -> str:
+    """All that the jobs of one rule have written into their SLURM logs."""
+    logs = sorted(folder.glob(f".snakemake/slurm_logs/*_{rule}/**/*.log"), key=lambda path: int(path.stem))
+    return "".join(path.read_text(errors="replace") for path in logs)
+
+
+def start_node(name: str) -> None:
+    """Start a node's slurmd again, and wait until the node can be used."""
+    subprocess.Popen([Path(__file__).with_name("cluster.sh"), "node", name.removeprefix("n")]).wait(30)
+    wait_for(lambda: command("sinfo", "-h", "-n", name, "-o", "%T").split()[0] == "idle", f"{name} to be up", 90)
+
+
+@contextmanager
+def occupied(*options: str) -> Iterator[str]:
+    """A job of somebody more important, who takes whole nodes until the end of the context; yields its number."""
+    words = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", *options]
+    job = command(*words, "--wrap", "sleep 600", folder=FILES).split()[-1]
+    try:
+        wait_for(lambda: state(job) == "RUNNING", "nodes for the urgent job", 60)
+        yield job
+    finally:
+        command("scancel", job, check=False)
+
+
+# ---------------------------------------------------------------- working copies
+def own_profile(folder: Path) -> None:
+    """Give a working copy a profile of its own: the shipped one, with the training made to fit the test cluster."""
+    (folder / "profiles").unlink()
+    (folder / "slurm").unlink()
+    shutil.copytree(ROOT / "profiles", folder / "profiles")
+    (folder / "slurm").symlink_to("profiles/slurm")
+    edit_profile(folder, **{"slurm-keep-successful-logs": True, "latency-wait": 10})
+    few = {"tasks_per_node": 2, "gres": "'gpu:2'", "mem_mb": 4000}
+    edit_resources(folder, train={"nodes": 2, **few}, precompute_latents=few, build_shards={"mem_mb": 4000})
+    edit_profile(folder, **{"set-threads": {"train": 1, "precompute_latents": 1, "build_shards": 2}})
+
+
+def edit_profile(folder: Path, name: str = "slurm", **values) -> None:
+    """Write top-level keys of a working copy's profile."""
+    path = folder / f"profiles/{name}/config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+
+
+def edit_resources(folder: Path, name: str = "slurm", **rules: dict) -> None:
+    """Write resources of rules in a working copy's profile."""
+    resources = yaml.safe_load((folder / f"profiles/{name}/config.yaml").read_text())["set-resources"]
+    for rule, values in rules.items():
+        resources[rule] = resources.get(rule, {}) | values
+    edit_profile(folder, name, **{"set-resources": resources})
+
+
+def copy_profile(folder: Path, name: str) -> str:
+    """`cp -r profiles/slurm profiles/NAME`; returns what to call it by."""
+    shutil.copytree(folder / "profiles/slurm", folder / "profiles" / name)
+    return f"profiles/{name}"

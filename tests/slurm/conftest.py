@@ -1,0 +1,84 @@
+"""A working copy whose data are there already, on the test cluster that `make test-slurm` brings up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster import POLLING, own_profile, snakemake, surroundings
+from tiny_run import make_tiny_run
+from trainings import SCRIPTS, TORCHRUN
+
+HERE = Path(__file__).parent
+STEPS = 60  # of a training of `run`, each of 8 images: 2 nodes x 2 ranks x 2
+
+
+def why_not() -> str | None:
+    """Why there is no test cluster; None where there is one."""
+    if missing := [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(tool)]:
+        return f"{', '.join(missing)} not installed (packages munge, slurmctld, slurmd, slurm-client)"
+    if not Path("/var/tmp/sd-training-slurm/pids").exists():
+        return "no test cluster: as root, `make test-slurm` brings one up"
+    ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
+    return None if "is UP" in ping.stdout else f"the test cluster is down: {ping.stdout}{ping.stderr}"
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Skip these tests where there is no cluster, or fail where there must be one."""
+    own = [item for item in items if HERE in item.path.parents]
+    if not own or not (reason := why_not()):
+        return
+    if os.environ.get("SLURM_TESTS") == "required":
+        raise pytest.UsageError(f"SLURM_TESTS=required, but {reason}")
+    for item in own:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory, tiny_parts, tiny_unet_params, image_shards) -> Path:
+    """A working copy with components and shards, in which runs that `write_run` writes need only be trained."""
+    folder = make_tiny_run(tmp_path_factory.mktemp("ready") / "checkout", tiny_parts, tiny_unet_params)
+    own_profile(folder)
+    shutil.copytree(image_shards, folder / "shards")
+    (folder / "configs/data/ready.yaml").write_text("shards: {path: 'shards/*.tar'}")
+    write_run(folder, "prepared")
+    targets = ("data", "resources/components/tiny-parts.json")
+    with snakemake(folder, "--config", "run=prepared", "--", *targets, profile="profiles/local") as call:
+        call.succeeds()
+    return folder
+
+
+def write_run(folder: Path, name: str, steps: int = STEPS, **experiment) -> None:
+    """A run of one stage of so many steps of 8 images: the same learning under every name."""
+    tiny = yaml.safe_load((folder / "configs/tiny.yaml").read_text())
+    experiment = {"num_examples_to_see": 8 * steps, "save_every": 5, "log_every": 1, **experiment}
+    stage = {"experiment": experiment, "dataset": {"params": {"resolution": 32, "flip": True}}}
+    run = {**tiny, "data": "ready", "stages": {"stage1": stage}}
+    (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump(run))
+
+
+def stage_folder(folder: Path, run: str) -> Path:
+    """Where a run's only stage lies."""
+    return folder / "results/runs" / run / "stage1"
+
+
+def torchrun(folder: Path, run: str, ranks: int = 4) -> Path:
+    """Train a run by torchrun, on this machine and without the workflow; returns its stage's folder."""
+    frozen = stage_folder(folder, run) / "config/train.yaml"
+    words = [*POLLING, "--profile", "profiles/local", "--config", f"run={run}", "--", frozen.relative_to(folder)]
+    subprocess.run([*map(str, words)], cwd=folder, env=surroundings(), check=True, capture_output=True)
+    words = [*TORCHRUN[:-1], str(ranks), str(SCRIPTS / "train.py"), f"config={frozen}"]
+    done = subprocess.run(words, cwd=folder, env=surroundings(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return stage_folder(folder, run)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ready) -> Path:
+    """The stage's folder after a training by torchrun, with nothing in its way."""
+    write_run(ready, "undisturbed")
+    return torchrun(ready, "undisturbed")

@@ -1,0 +1,168 @@
+"""Whatever happens to a job, training ends bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from cluster import (
+    at_once,
+    command,
+    ended,
+    log_of,
+    occupied,
+    overlap,
+    running,
+    snakemake,
+    start_node,
+    state,
+    wait_for,
+)
+from conftest import STEPS, stage_folder, torchrun, write_run
+from trainings import last_checkpoint, log, same, weights
+
+pytestmark = pytest.mark.timeout(600)
+IMAGES = 8 * STEPS
+
+
+def saved(folder: Path, run: str) -> int:
+    """Images seen at the newest checkpoint that is whole; 0 where there is none."""
+    found = stage_folder(folder, run).glob("checkpoints/*/[1-9]*/.metadata")
+    return max((int(path.parent.name) for path in found), default=0)
+
+
+def train_until_saved(call, run: str) -> str:
+    """Wait until a training is under way and has saved something; returns the number of its job."""
+    wait_for(lambda: saved(call.folder, run), f"a checkpoint of {run}", 200, call.said)
+    (job,) = running(call.folder, run)
+    assert job.state == "RUNNING"
+    return job.id
+
+
+def as_if_nothing_had_happened(folder: Path, run: str, undisturbed: Path, images: int = IMAGES) -> None:
+    """Weights, average, moments, counts, log and the exported pipeline."""
+    stage = stage_folder(folder, run)
+    assert json.loads((stage / f"{images}/train.json").read_text())["world_size"] == 4
+    assert same(last_checkpoint(stage), last_checkpoint(undisturbed))
+    assert same(weights(stage / "pipeline"), weights(undisturbed / "pipeline"))
+    assert log(stage) == log(undisturbed)
+    assert not (stage / "requeue").exists()
+
+
+def resumed(folder: Path, run: str) -> list[int]:
+    """Images at which the run's jobs went on from a checkpoint."""
+    text = log_of(folder, "train")
+    return [int(n.replace(",", "")) for n in re.findall(rf"resumed at ([\d,]+) images from \S*runs/{run}/", text)]
+
+
+def test_requeued_by_hand(ready, undisturbed):
+    write_run(ready, "requeued")
+    with snakemake(ready, "--config", "run=requeued", "--", "stages") as call:
+        job = train_until_saved(call, "requeued")
+        command("scontrol", "requeue", job)
+        at_once(job)
+        call.succeeds()
+    assert 0 < resumed(ready, "requeued")[-1] < IMAGES
+    as_if_nothing_had_happened(ready, "requeued", undisturbed)
+
+
+def test_preempted(ready, undisturbed):
+    write_run(ready, "preempted")
+    with snakemake(ready, "--config", "run=preempted", "--", "stages") as call:
+        job = train_until_saved(call, "preempted")
+        with occupied(f"--nodelist={command('squeue', '-h', '-j', job, '-o', '%N').strip()}"):
+            at_once(job)  # on other nodes
+            call.succeeds()
+    assert 0 < resumed(ready, "preempted")[-1] < IMAGES
+    as_if_nothing_had_happened(ready, "preempted", undisturbed)
+
+
+def test_a_node_is_lost(ready, undisturbed):
+    """Its slurmd and all that ran there, in one moment."""
+    write_run(ready, "lost")
+    with snakemake(ready, "--config", "run=lost", "--", "stages") as call:
+        job = train_until_saved(call, "lost")
+        nodes = command("scontrol", "show", "hostnames", command("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
+        try:
+            for process in command("ip", "netns", "pids", f"sd-{nodes[-1]}").split():
+                os.kill(int(process), signal.SIGKILL)
+            wait_for(lambda: state(job) != "RUNNING", "SLURM to see the loss", 90, call.said)
+            if state(job) == "PENDING":
+                at_once(job)
+            call.succeeds()
+        finally:
+            start_node(nodes[-1])
+    assert 0 < resumed(ready, "lost")[-1] < IMAGES
+    as_if_nothing_had_happened(ready, "lost", undisturbed)
+
+
+def test_the_time_limit_comes_near(ready):
+    """SLURM's warning, ten minutes ahead as in the shipped profile: save, back into the queue, go on as one job."""
+    steps = 4 * STEPS
+    write_run(ready, "limited", steps)
+    write_run(ready, "unlimited", steps)
+    with snakemake(ready, "--config", "run=limited", "--", "stages") as call:
+        job = train_until_saved(call, "limited")
+        command("scontrol", "update", f"jobid={job}", "timelimit=11")
+        wait_for(lambda: state(job) == "PENDING", "the job back in the queue", 90, call.said)
+        command("scontrol", "update", f"jobid={job}", "timelimit=600")
+        at_once(job)
+        call.succeeds()
+    assert {row.id for row in ended(ready, "train") if row.id == job} == {job}
+    assert "goes back into the queue" in log_of(ready, "train")
+    assert len(resumed(ready, "limited")) == 1 and 0 < resumed(ready, "limited")[0] < 8 * steps
+    as_if_nothing_had_happened(ready, "limited", torchrun(ready, "unlimited"), 8 * steps)
+
+
+def test_cancelled_and_called_again(ready, undisturbed):
+    write_run(ready, "cancelled")
+    with snakemake(ready, "--config", "run=cancelled", "--retries", "0", "--", "stages") as call:
+        job = train_until_saved(call, "cancelled")
+        command("scancel", job)
+        assert call.ends() == 1
+        assert "Error in rule train" in call.said() and job in call.said()
+    with snakemake(ready, "--config", "run=cancelled", "--", "stages") as call:
+        call.succeeds()
+    assert 0 < resumed(ready, "cancelled")[-1] < IMAGES
+    as_if_nothing_had_happened(ready, "cancelled", undisturbed)
+
+
+def test_snakemake_is_killed_and_called_again(ready, undisturbed):
+    """The job goes on without it; the second call waits for its end, and nothing is trained twice."""
+    write_run(ready, "orphaned")
+    with snakemake(ready, "--config", "run=orphaned", "--", "stages") as first:
+        orphan = train_until_saved(first, "orphaned")
+        first.process.kill()
+        first.process.wait()
+        with snakemake(ready, "--config", "run=orphaned", "--", "stages") as second:
+            wait_for(lambda: "waiting for SLURM jobs of an earlier call" in second.said(), "its word", 60, second.said)
+            assert [job.id for job in running(ready, "orphaned")] == [orphan]
+            second.succeeds()
+    jobs = [row for row in ended(ready, "train") if int(row.id) >= int(orphan)]
+    assert jobs[0].state == "COMPLETED" and len(jobs) <= 2 and all(overlap(jobs[0], job) <= 0 for job in jobs[1:])
+    assert resumed(ready, "orphaned") in ([], [IMAGES])
+    as_if_nothing_had_happened(ready, "orphaned", undisturbed)
+
+
+def test_an_edit_while_a_job_waits_changes_nothing(ready, undisturbed):
+    """Not even one that no job could read."""
+    write_run(ready, "edited")
+    files = [ready / "configs/edited.yaml", ready / "configs/data/ready.yaml", ready / "configs/components.yaml"]
+    before = [file.read_text() for file in files]
+    try:
+        with snakemake(ready, "--config", "run=edited", "--", "stages") as call, occupied("--nodes=16") as blocker:
+            (job,) = wait_for(lambda: running(ready, "edited"), "the job to be submitted", 60, call.said)
+            assert job.state == "PENDING"
+            write_run(ready, "edited", 2 * STEPS, milestones=[8, 16], seed=7)
+            files[1].write_text("shards: {path: elsewhere.tar}")
+            files[2].write_text("no: [yaml")
+            command("scancel", blocker)
+            call.succeeds()
+    finally:
+        for file, text in zip(files, before, strict=True):
+            file.write_text(text)
+    as_if_nothing_had_happened(ready, "edited", undisturbed)

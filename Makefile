@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo status test lint bench lock clean-env
+.PHONY: help env demo status test test-slurm lint bench lock clean-env
 
 PYTHON ?= python3.11
 RUN ?= demo
@@ -42,6 +42,11 @@ status: env  ## show a run's stages, progress and SLURM jobs (RUN=demo)
 # Two workers of one thread each: more threads than cores make small models many times slower.
 test: env  ## run the tests, all but those that need SLURM (ARGS="-k name" picks some)
 	OMP_NUM_THREADS=1 python -m pytest tests --ignore=tests/slurm --numprocesses 2 --dist loadfile $(ARGS)
+
+# As root, with the packages munge, slurmctld, slurmd, slurm-client and iproute2; elsewhere its tests are skipped and say why.
+test-slurm: env  ## run the tests that need SLURM, on a cluster of this machine's own (16 nodes on loopback bridges)
+	@trap 'tests/slurm/cluster.sh down' EXIT; tests/slurm/cluster.sh up || true; \
+		OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
 lint: env  ## check format and rules of Python and Snakemake files
 	ruff format --check .

@@ -35,9 +35,9 @@ def command(*words: str | Path, folder: Path | None = None, check: bool = True) 
     return done.stdout + done.stderr
 
 
-def surroundings() -> dict[str, str]:
-    """The environment of a user: the project's tools first, no network."""
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def surroundings(first: Path | None = None) -> dict[str, str]:
+    """The environment of a user: the project's tools first, or those of a folder before them; no network."""
+    tools = os.pathsep.join(map(str, [*([first] if first else []), Path(sys.executable).parent, os.environ["PATH"]]))
     return environment(PATH=tools, WANDB_MODE="offline")
 
 
@@ -75,12 +75,14 @@ class Call:
 
 
 @contextmanager
-def snakemake(folder: Path, *arguments: str, program: list[str] = POLLING, profile: str = "slurm") -> Iterator[Call]:
+def snakemake(
+    folder: Path, *arguments: str, program: list[str] = POLLING, profile: str = "slurm", first: Path | None = None
+) -> Iterator[Call]:
     """Call `snakemake --profile slurm ARGUMENTS` in a folder; what is left of it at the end of the context is ended."""
     output = folder / f"output-{time.monotonic_ns()}.txt"
     with open(output, "w") as file:
         words = [*program, "--profile", profile, *arguments]
-        process = subprocess.Popen(words, cwd=folder, env=surroundings(), stdout=file, stderr=file)
+        process = subprocess.Popen(words, cwd=folder, env=surroundings(first), stdout=file, stderr=file)
     try:
         yield Call(folder, process, output)
     finally:
@@ -97,6 +99,7 @@ class Ended:
 
     id: str
     state: str
+    submitted: datetime
     start: datetime
     end: datetime
     nodes: int
@@ -109,7 +112,7 @@ def ended(folder: Path, rule: str = "") -> list[Ended]:
     for line in (FILES / "log/jobs.txt").read_text().splitlines():
         facts = dict(re.findall(r"(\w+)=(\S*)", line))
         if facts["WorkDir"] == str(folder) and (not rule or facts["JobId"] in logs):
-            times = [datetime.fromisoformat(facts[name]) for name in ("StartTime", "EndTime")]
+            times = [datetime.fromisoformat(facts[name]) for name in ("SubmitTime", "StartTime", "EndTime")]
             rows.append(Ended(facts["JobId"], facts["JobState"], *times, int(facts["NodeCnt"])))
     return sorted(rows, key=lambda row: int(row.id))
 
@@ -127,6 +130,7 @@ def running(folder: Path, run: str, rule: str = "train") -> list[slurm.Job]:
 def at_once(job: str) -> None:
     """SLURM lets a job that went back into the queue wait for two minutes; this one starts when it can."""
     wait_for(lambda: state(job) == "PENDING", f"job {job} back in the queue", 60, lambda: state(job))
+    time.sleep(3)  # a node refuses a job that it has ended in the same second
     command("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
@@ -172,21 +176,21 @@ def own_profile(folder: Path) -> None:
     edit_profile(folder, **{"set-threads": {"train": 1, "precompute_latents": 1, "build_shards": 2}})
 
 
-def edit_profile(folder: Path, name: str = "slurm", **values) -> None:
+def edit_profile(folder: Path, profile: str = "slurm", **values) -> None:
     """Write top-level keys of a working copy's profile."""
-    path = folder / f"profiles/{name}/config.yaml"
+    path = folder / profile / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
 
 
-def edit_resources(folder: Path, name: str = "slurm", **rules: dict) -> None:
+def edit_resources(folder: Path, profile: str = "slurm", **rules: dict) -> None:
     """Write resources of rules in a working copy's profile."""
-    resources = yaml.safe_load((folder / f"profiles/{name}/config.yaml").read_text())["set-resources"]
+    resources = yaml.safe_load((folder / profile / "config.yaml").read_text())["set-resources"]
     for rule, values in rules.items():
         resources[rule] = resources.get(rule, {}) | values
-    edit_profile(folder, name, **{"set-resources": resources})
+    edit_profile(folder, profile, **{"set-resources": resources})
 
 
-def copy_profile(folder: Path, name: str) -> str:
-    """`cp -r profiles/slurm profiles/NAME`; returns what to call it by."""
-    shutil.copytree(folder / "profiles/slurm", folder / "profiles" / name)
+def copy_profile(folder: Path, name: str, of: Path | None = None) -> str:
+    """`cp -r profiles/slurm profiles/NAME`, or of another profile; returns what to call it by."""
+    shutil.copytree(of or folder / "profiles/slurm", folder / "profiles" / name)
     return f"profiles/{name}"

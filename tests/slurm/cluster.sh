@@ -2,7 +2,8 @@
 # A SLURM cluster on this machine, for the tests: `cluster.sh up`, `cluster.sh down`, as root, with the packages munge,
 # slurmctld, slurmd and slurm-client. Every node is a slurmd with a network and a host name of its own, on a bridge that
 # leads nowhere else: a rank that takes `localhost` for its master fails here as it does on a real cluster. Its GPUs are
-# character devices that do nothing. `cluster.sh node N` starts one node's slurmd again.
+# character devices that do nothing. The last node sees an empty $DIR/private, a folder of which the others see the same:
+# what is not shared, or is late. `cluster.sh node N` starts one node's slurmd again.
 set -euo pipefail
 DIR=/var/tmp/sd-training-slurm
 CONF=/etc/slurm/slurm.conf # the plugin's job steps lose SLURM_CONF, so it is the default place
@@ -26,7 +27,7 @@ up() {
     done
     [[ ! -e $CONF ]] || grep -q "$MARK" "$CONF" || die "$CONF is another cluster's"
     down
-    mkdir -p /etc/slurm /run/munge "$DIR"/{log,state,spool,run,gpus} && install -d -m 0700 "$DIR/munge"
+    mkdir -p /etc/slurm /run/munge "$DIR"/{log,state,spool,run,gpus,private} && install -d -m 0700 "$DIR/munge"
     : >"$PIDS"
     make_network && make_gpus && write_conf
     (umask 077 && head -c 1024 /dev/urandom >"$DIR/munge/key")
@@ -50,7 +51,11 @@ down() {
         for pid in $(tac "$PIDS") "${steps[@]}"; do ours "$pid" && kill -"$signal" "$pid" 2>/dev/null; done
         for _ in $(seq 50); do any_alive || break; sleep 0.1; done
     done
-    for n in $(seq "$NODES"); do ip netns delete "sd-n$n" 2>/dev/null || true; done
+    for n in $(seq "$NODES"); do # with what its jobs have left in it
+        for pid in $(ip netns pids "sd-n$n" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null || true; done
+        ip link delete "sd-v$n" 2>/dev/null || true
+        ip netns delete "sd-n$n" 2>/dev/null || true
+    done
     ip link delete sd-slurm 2>/dev/null || true
     sed "/ $MARK\$/d" /etc/hosts >"$DIR/hosts" && cat "$DIR/hosts" >/etc/hosts # it may be a mount: keep the file itself
     rm -rf "$DIR" "$CONF" /etc/slurm/gres.conf
@@ -122,8 +127,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc=$DIR/log/jobs.txt
 NodeName=DEFAULT CPUs=$CPUS Sockets=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:fake:$GPUS
-NodeName=n[1-$((NODES - 1))] NodeAddr=n[1-$((NODES - 1))] Port=[17001-$((17000 + NODES - 1))]
-NodeName=n$NODES NodeAddr=n$NODES Port=$((17000 + NODES)) Features=bare
+NodeName=n[1-$NODES] NodeAddr=n[1-$NODES] Port=[17001-$((17000 + NODES))]
 PartitionName=DEFAULT Nodes=n[1-$NODES] MaxTime=INFINITE PriorityTier=1
 PartitionName=cpu Default=YES
 PartitionName=gpu
@@ -137,11 +141,12 @@ start_node() {
     start "n$1" slurmd -D -N "n$1"
 }
 
-# start HOST COMMAND…: a daemon in the host's network, under its name; the last node has an empty folder at $DIR/bare
+# start HOST COMMAND…: a daemon in the host's network, under its name
 start() {
     local host=$1 enter=(unshare --uts)
     shift
     [[ $host == head ]] || enter=(nsenter "--net=/run/netns/sd-$host" "${enter[@]}")
+    [[ $host != n$NODES ]] || enter+=(unshare --mount sh -c 'mount -t tmpfs none "$0"; exec "$@"' "$DIR/private")
     setsid "${enter[@]}" sh -c 'hostname "$0"; exec "$@"' "$host" "$@" </dev/null &>>"$DIR/log/$host.out" &
     echo $! >>"$PIDS"
 }

@@ -53,6 +53,13 @@ def as_if_nothing_had_happened(folder: Path, run: str, undisturbed: Path, images
     assert not (stage / "requeue").exists()
 
 
+def went_on(folder: Path, run: str, job: str, images: int = IMAGES) -> None:
+    """The same job came to the end, from a checkpoint that lies between."""
+    states = [row.state for row in ended(folder) if row.id == job]
+    assert len(states) == 2 and states[-1] == "COMPLETED", states
+    assert len(resumed(folder, run)) == 1 and 0 < resumed(folder, run)[0] < images
+
+
 def resumed(folder: Path, run: str) -> list[int]:
     """Images at which the run's jobs went on from a checkpoint."""
     text = log_of(folder, "train")
@@ -66,7 +73,7 @@ def test_requeued_by_hand(ready, undisturbed):
         command("scontrol", "requeue", job)
         at_once(job)
         call.succeeds()
-    assert 0 < resumed(ready, "requeued")[-1] < IMAGES
+    went_on(ready, "requeued", job)
     as_if_nothing_had_happened(ready, "requeued", undisturbed)
 
 
@@ -77,7 +84,7 @@ def test_preempted(ready, undisturbed):
         with occupied(f"--nodelist={command('squeue', '-h', '-j', job, '-o', '%N').strip()}"):
             at_once(job)  # on other nodes
             call.succeeds()
-    assert 0 < resumed(ready, "preempted")[-1] < IMAGES
+    went_on(ready, "preempted", job)
     as_if_nothing_had_happened(ready, "preempted", undisturbed)
 
 
@@ -102,7 +109,7 @@ def test_a_node_is_lost(ready, undisturbed):
 
 def test_the_time_limit_comes_near(ready):
     """SLURM's warning, ten minutes ahead as in the shipped profile: save, back into the queue, go on as one job."""
-    steps = 4 * STEPS
+    steps = 3 * STEPS
     write_run(ready, "limited", steps)
     write_run(ready, "unlimited", steps)
     with snakemake(ready, "--config", "run=limited", "--", "stages") as call:
@@ -112,9 +119,8 @@ def test_the_time_limit_comes_near(ready):
         command("scontrol", "update", f"jobid={job}", "timelimit=600")
         at_once(job)
         call.succeeds()
-    assert {row.id for row in ended(ready, "train") if row.id == job} == {job}
     assert "goes back into the queue" in log_of(ready, "train")
-    assert len(resumed(ready, "limited")) == 1 and 0 < resumed(ready, "limited")[0] < 8 * steps
+    went_on(ready, "limited", job, 8 * steps)
     as_if_nothing_had_happened(ready, "limited", torchrun(ready, "unlimited"), 8 * steps)
 
 

@@ -1,22 +1,123 @@
-"""Training as one job of two nodes: its shape, its ranks, and what it learns."""
+"""Training as one job of several nodes: its shape, its ranks, and what it learns."""
 
 from __future__ import annotations
 
 import json
+import stat
+from collections import Counter
+from pathlib import Path
 
 import pytest
-from cluster import snakemake
+from checkout import ROOT
+from cluster import NODES, copy_profile, edit_resources, ended, slurm, snakemake
 from conftest import stage_folder, write_run
 from trainings import last_checkpoint, log, same
 
 pytestmark = pytest.mark.timeout(600)
+TORCHRUN = (
+    "srun --nodes $NODES --ntasks-per-node 1 --cpus-per-task $((TASKS_PER_NODE * CPUS)) --gres $GRES torchrun"
+    " --nnodes $NODES --nproc_per_node $TASKS_PER_NODE --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID"
+    " --rdzv_endpoint $(hostname):$((20000 + SLURM_JOB_ID % 20000))"
+)
 
 
 def test_two_nodes_learn_what_torchrun_learns(ready, undisturbed):
     write_run(ready, "plain")
     with snakemake(ready, "--config", "run=plain", "--", "stages") as call:
         call.succeeds()
-    stage = stage_folder(ready, "plain")
-    assert json.loads((stage / "960/train.json").read_text())["world_size"] == 4
+    learnt_the_same(stage_folder(ready, "plain"), undisturbed)
+    assert ended(ready, "train")[-1].nodes == 2
+
+
+def test_torchrun_under_slurm_learns_the_same(ready, undisturbed):
+    """As docs/slurm.md says: one task a node, the rest of the job as it is."""
+    assert TORCHRUN in " ".join((ROOT / "docs/slurm.md").read_text().split())
+    write_run(ready, "elastic")
+    edit_resources(ready, profile := copy_profile(ready, "elastic"), train={"launch": f"'{TORCHRUN}'"})
+    with snakemake(ready, "--config", "run=elastic", "--", "stages", profile=profile) as call:
+        call.succeeds()
+    learnt_the_same(stage_folder(ready, "elastic"), undisturbed)
+
+
+def learnt_the_same(stage: Path, undisturbed: Path) -> None:
+    assert json.loads((stage / "480/train.json").read_text())["world_size"] == 4
     assert same(last_checkpoint(stage), last_checkpoint(undisturbed))
     assert log(stage) == log(undisturbed)
+
+
+# ---------------------------------------------------------------- the shape of the job
+PROBE = """#!/bin/bash
+echo "$SLURM_PROCID $SLURM_LOCALID $SLURM_STEP_NUM_TASKS $(hostname) $SLURM_CPUS_PER_TASK $CUDA_VISIBLE_DEVICES" \\
+    > "$PROBED/$SLURM_PROCID"
+"""
+RECORD = """#!/bin/bash
+printf '%s\\n' "$@" > "$PROBED/sbatch"
+exec {sbatch} "$@"
+"""
+
+
+def test_the_shipped_profile_gives_sixteen_nodes_of_eight(ready, tmp_path, monkeypatch):
+    """As it is, but for what each rank runs; and what sbatch was given."""
+    write_run(ready, "large")
+    profile = copy_profile(ready, "large", of=ROOT / "profiles/slurm")
+    executable(probe := tmp_path / "probe.sh", PROBE)
+    ranks = "profiles/slurm/rank.sh $(command -v python)"
+    launch = shipped_launch()
+    assert launch.endswith(ranks)
+    edit_resources(ready, profile, train={"launch": f"'{launch.removesuffix(ranks)}{probe}'"})
+    executable(tmp_path / "sbatch", RECORD.format(sbatch="/usr/bin/sbatch"))
+    monkeypatch.setenv("PROBED", str(tmp_path))
+    options = ("--retries", "0", "--latency-wait", "2")
+    with snakemake(ready, "--config", "run=large", *options, "--", "stages", profile=profile, first=tmp_path) as call:
+        assert call.ends() == 1  # the probe trains nothing
+    assert "train.json" in call.said()
+
+    given = (tmp_path / "sbatch").read_text().split("\n")
+    for word in ("--nodes=16", "--ntasks-per-node=8", "--cpus-per-task=6", "--gres=gpu:8", "--exclusive", "--requeue"):
+        assert word in given
+    assert not [word for word in given if word.startswith(("--ntasks-per-gpu", "--gpus"))]
+
+    rows = [path.read_text().split() for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert sorted(int(row[0]) for row in rows) == list(range(128))
+    assert {row[2] for row in rows} == {"128"} and {row[4] for row in rows} == {"6"}
+    assert Counter(row[3] for row in rows) == {f"n{n}": 8 for n in range(1, NODES + 1)}
+    assert {row[5] for row in rows} == {"0,1,2,3,4,5,6,7"}
+    assert Counter(row[1] for row in rows) == {str(n): 16 for n in range(8)}  # a rank's own GPU
+
+
+def shipped_launch() -> str:
+    import yaml
+
+    profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
+    return profile["set-resources"]["train"]["launch"].strip("'")
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+# ---------------------------------------------------------------- another number of ranks than planned
+@pytest.mark.parametrize(
+    ("train", "came"),
+    [
+        ({"launch": "'srun profiles/slurm/rank.sh $(command -v python)'"}, 2),  # the counts are not repeated
+        ({"launch": "'profiles/slurm/rank.sh $(command -v python)'"}, 1),  # no srun
+    ],
+)
+def test_another_number_of_ranks_is_refused(ready, train, came):
+    write_run(ready, f"short{came}")
+    edit_resources(ready, profile := copy_profile(ready, f"short{came}"), train=train)
+    with snakemake(ready, "--config", f"run=short{came}", "--retries", "0", "--", "stages", profile=profile) as call:
+        assert call.ends() == 1
+    assert f"distributed.world_size: 4 ranks were planned and {came} came" in call.said()
+    assert not (stage_folder(ready, f"short{came}") / "checkpoints").exists()
+
+
+def test_a_profile_that_lost_its_resources_is_refused(ready):
+    """A key on the command line takes the place of the profile's whole key: all other resources are gone."""
+    write_run(ready, "bare")
+    with snakemake(ready, "--config", "run=bare", "--set-resources", "train:nodes=4", "--", "stages") as call:
+        assert call.ends() == 1
+    assert "--set-resources" in call.said() and "cp -r profiles/slurm profiles/mine" in call.said()
+    assert not [job for job in slurm.jobs(ready) if job.rule]

@@ -1,6 +1,11 @@
 # Parts that runs share: fetched once, or trained here.
 
 
+# on the machine where Snakemake runs: nodes often lead to no hub
+localrules:
+    download_component,
+
+
 rule download_component:
     input:
         plan.folder_files,

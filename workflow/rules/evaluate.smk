@@ -1,4 +1,10 @@
 # What a milestone can do: images, distances, scores, and the report of them all.
+
+
+localrules:
+    report,
+
+
 RESULT = "results/runs/{run}/{stage}/{images}"
 
 

@@ -1,0 +1,140 @@
+"""What goes wrong on a cluster ends with a message that names the rule, the job and its log."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cluster import FILES, NODES, Call, command, copy_profile, edit_resources, running, snakemake, wait_for
+from conftest import stage_folder, write_run
+from test_slurm_training import executable
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@contextmanager
+def training(folder: Path, name: str, first: Path | None = None, **resources) -> Iterator[Call]:
+    """Train a run with other resources of the rule."""
+    write_run(folder, name)
+    edit_resources(folder, profile := copy_profile(folder, name), train=resources)
+    words = ("--config", f"run={name}", "--retries", "0", "--", "stages")
+    with snakemake(folder, *words, profile=profile, first=first) as call:
+        yield call
+
+
+def names_rule_job_and_log(said: str) -> str:
+    """Returns what its log holds."""
+    assert "Error in rule train:" in said
+    job = re.search(r"external_jobid: (\d+)", said)[1]
+    assert f"SLURM-job '{job}' failed" in said
+    return Path(re.search(rf"\S+/{job}\.log", said)[0]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("resource", "value", "message"),
+    [
+        ("slurm_partition", "nowhere", "invalid partition specified: nowhere"),
+        ("slurm_partition", "lab", "Invalid account or account/partition combination specified"),
+        ("constraint", "unheard-of", "Invalid feature specification"),
+    ],
+)
+def test_what_sbatch_refuses(ready, resource, value, message):
+    with training(ready, f"refused-{value}", **{resource: f"'{value}'"}) as call:
+        assert call.ends() == 1
+    assert message in call.said() and "rule train" in call.said()
+
+
+def test_memory_exceeded(ready):
+    with training(ready, "greedy", mem_mb=30) as call:
+        assert call.ends() == 1
+    assert "exceeded memory limit" in names_rule_job_and_log(call.said())
+    assert "exceeded memory limit" in call.said()
+
+
+def test_time_limit_without_a_warning(ready):
+    with training(ready, "slow", slurm_extra="'--no-requeue'") as call:
+        (job,) = wait_for(
+            lambda: [j for j in running(ready, "slow") if j.state == "RUNNING"], "it to run", 60, call.said
+        )
+        command("scontrol", "update", f"jobid={job.id}", "endtime=now+1")
+        assert call.ends() == 1
+    assert "DUE TO TIME LIMIT" in names_rule_job_and_log(call.said())
+    assert "DUE TO TIME LIMIT" in call.said()
+
+
+def test_the_environment_is_missing_on_a_node(ready):
+    tools = FILES / "private/bin"  # which the last node does not see
+    tools.mkdir(exist_ok=True)
+    executable(tools / "python", f'#!/bin/bash\nexec {shutil.which("python")} "$@"\n')
+    with training(ready, "nowhere", first=tools, slurm_extra=f"'--nodelist=n1,n{NODES}'") as call:
+        assert call.ends() == 1
+    assert f"n{NODES}: {tools}/python is not on this node" in names_rule_job_and_log(call.said())
+
+
+# ---------------------------------------------------------------- files that are seen late
+@contextmanager
+def lagging(folder: Path, seconds: float) -> Iterator[None]:
+    """A folder that the last node and all others see alike, but what one of them writes the other sees later."""
+    (slurmd,) = command("pgrep", "-f", f"slurmd -D -N n{NODES}$").split()
+    sides = folder, Path(f"/proc/{slurmd}/root{folder}")
+    for side in sides:
+        side.mkdir(parents=True)
+    over = threading.Event()
+
+    def carry() -> None:
+        while not over.wait(0.2):
+            for here, there in (sides, sides[::-1]):
+                for path in [p for p in here.rglob("*") if p.is_file() and not p.name.endswith(".tmp")]:
+                    copy = there / path.relative_to(here)
+                    if not copy.exists() and time.time() - path.stat().st_mtime > seconds:
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copy2(path, copy)
+
+    thread = threading.Thread(target=carry)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("wait", "code"), [(30, 0), (2, 1)])
+def test_a_shared_file_system_that_lags(ready, wait, code):
+    name = f"late{wait}"
+    (ready / f"configs/data/{name}.yaml").write_text(
+        "table: {path: images/table.csv, columns: {url: URL, caption: TEXT}}"
+    )
+    (ready / "results/data").mkdir(parents=True, exist_ok=True)
+    (ready / f"results/data/{name}").symlink_to(FILES / "private" / name)
+    profile = copy_profile(ready, name)
+    edit_resources(ready, profile, fetch_table={"slurm_extra": f"'--nodelist=n{NODES}'"})
+    words = ("--retries", "0", "--latency-wait", str(wait), "--config", "run=tiny", "--")
+    with (
+        lagging(FILES / "private" / name, 6),
+        snakemake(ready, *words, f"results/data/{name}/table.parquet", profile=profile) as call,
+    ):
+        assert call.ends() == code, call.said()
+    if code:
+        assert "fetch_table" in call.said() and "latency" in call.said()
+
+
+def test_status_shows_the_jobs(ready):
+    """`make status` while a job waits and while it runs."""
+    with training(ready, "shown") as call:
+        wait_for(lambda: running(ready, "shown"), "the job to be submitted", 60, call.said)
+        (job,) = running(ready, "shown")
+        said = command("python", "workflow/scripts/status.py", "run=shown", folder=ready)
+        assert job.id in said and "train" in said and "stage1" in said
+        wait_for(lambda: (stage_folder(ready, "shown") / "log.jsonl").exists(), "the training to begin", 100, call.said)
+        assert job.log.exists()
+        said = command("python", "workflow/scripts/status.py", "run=shown", folder=ready)
+        assert "RUNNING" in said and str(job.log.relative_to(ready)) in said and "training" in said
+        call.succeeds()
+    assert "480 of 480 images" in command("python", "workflow/scripts/status.py", "run=shown", folder=ready)

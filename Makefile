@@ -17,23 +17,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 UV := $(shell command -v uv || echo .venv-uv/bin/uv)
 UV_INSTALL = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(UV) pip install --compile-bytecode
 
-# A killed Snakemake leaves its lock behind. The mark says that the last one was ours and did not end, and the flock that
-# it is not alive: then, and only then, the lock is taken off.
-SNAKEMAKE = snakemake --profile profiles/local --config run=$(RUN)
-define RUN_WORKFLOW
-[ ! -e .snakemake/make.running ] || $(SNAKEMAKE) --unlock; touch .snakemake/make.running; \
-$(SNAKEMAKE) $(ARGS); status=$$?; [ $$status -ge 128 ] || rm -f .snakemake/make.running; exit $$status
-endef
-
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 env: .venv/.done .venv-data/.done  ## make the environments from the locks (nothing to do once they are there)
 
 demo: env  ## run the workflow for RUN=demo (ARGS="-n" only shows the plan) and print its metrics
-	@mkdir -p .snakemake
-	@flock --close --nonblock --conflict-exit-code 75 .snakemake/make.lock bash -c '$(RUN_WORKFLOW)' || { status=$$?; \
-		[ $$status -ne 75 ] || echo "error: another make demo runs in this folder; wait for it, or end it" >&2; exit $$status; }
+	snakemake --profile profiles/local --config run=$(RUN) $(ARGS)
 	@if [ -f results/runs/$(RUN)/metrics.txt ]; then cat results/runs/$(RUN)/metrics.txt; fi
 
 status: env  ## show a run's stages, progress and SLURM jobs (RUN=demo)

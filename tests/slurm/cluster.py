@@ -170,10 +170,10 @@ def own_profile(folder: Path) -> None:
     (folder / "slurm").unlink()
     shutil.copytree(ROOT / "profiles", folder / "profiles")
     (folder / "slurm").symlink_to("profiles/slurm")
-    edit_profile(folder, **{"slurm-keep-successful-logs": True, "latency-wait": 10})
-    few = {"tasks_per_node": 2, "gres": "'gpu:2'", "mem_mb": 4000}
+    edit_profile(folder, **{"slurm-keep-successful-logs": True, "latency-wait": 10, "max-jobs-per-timespan": "100/1s"})
+    few = {"tasks_per_node": 2, "cpus_per_task": 1, "gres": "'gpu:2'", "mem_mb": 4000}
     edit_resources(folder, train={"nodes": 2, **few}, precompute_latents=few, build_shards={"mem_mb": 4000})
-    edit_profile(folder, **{"set-threads": {"train": 1, "precompute_latents": 1, "build_shards": 2}})
+    edit_profile(folder, **{"set-threads": {"build_shards": 2}})
 
 
 def edit_profile(folder: Path, profile: str = "slurm", **values) -> None:

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 from cluster import FILES, NODES, Call, command, copy_profile, edit_resources, running, snakemake, wait_for
-from conftest import stage_folder, write_run
+from conftest import STEPS, stage_folder, write_run
 from test_slurm_training import executable
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @contextmanager
-def training(folder: Path, name: str, first: Path | None = None, **resources) -> Iterator[Call]:
+def training(folder: Path, name: str, first: Path | None = None, steps: int = STEPS, **resources) -> Iterator[Call]:
     """Train a run with other resources of the rule."""
-    write_run(folder, name)
+    write_run(folder, name, steps)
     edit_resources(folder, profile := copy_profile(folder, name), train=resources)
     words = ("--config", f"run={name}", "--retries", "0", "--", "stages")
     with snakemake(folder, *words, profile=profile, first=first) as call:
@@ -58,10 +58,9 @@ def test_memory_exceeded(ready):
 
 
 def test_time_limit_without_a_warning(ready):
-    with training(ready, "slow", slurm_extra="'--no-requeue'") as call:
-        (job,) = wait_for(
-            lambda: [j for j in running(ready, "slow") if j.state == "RUNNING"], "it to run", 60, call.said
-        )
+    with training(ready, "slow", steps=300, slurm_extra="'--no-requeue'") as call:
+        wait_for(lambda: (stage_folder(ready, "slow") / "log.jsonl").exists(), "the training to begin", 100, call.said)
+        (job,) = running(ready, "slow")
         command("scontrol", "update", f"jobid={job.id}", "endtime=now+1")
         assert call.ends() == 1
     assert "DUE TO TIME LIMIT" in names_rule_job_and_log(call.said())

@@ -29,7 +29,7 @@ if workflow.is_main_process:  # jobs plan by what was planned here, whatever is 
     os.environ[configuration.CONFIGS] = str(calls.keep_copy(configuration.folder()))
 
 # What a launch line may say of its job: the counts stand once, in the profile's resources
-COUNTS = "NODES={resources.nodes} TASKS_PER_NODE={resources.tasks_per_node} CPUS={threads} GRES={resources.gres}; "
+COUNTS = "NODES={resources.nodes} TASKS_PER_NODE={resources.tasks_per_node} CPUS={resources.cpus_per_task} GRES={resources.gres}; "
 
 TRAINED = [name for name, entry in plan.load_components().items() if entry.source == "train"]
 
@@ -59,3 +59,8 @@ onstart:
             slurm.wait_for_jobs(Path(), say=logger.warning) if ALONE else None
         except slurm.SlurmError as error:
             raise WorkflowError(str(error))
+
+
+onerror:
+    for file in log:
+        print(*slurm.reasons(Path(file).read_text(errors="replace")), sep="\n", file=sys.stderr)

@@ -52,10 +52,12 @@ rule train_autoencoder:
     resources:
         nodes=1,
         tasks_per_node=1,
+        cpus_per_task=2,
         gres="",
         launch="python",
     shell:
-        COUNTS + "{resources.launch} workflow/scripts/train_autoencoder.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/train_autoencoder.py"
         " config={input.config}"
         " train={input.train}"
         " held_out={input.held_out}"

@@ -184,12 +184,14 @@ rule precompute_latents:
     resources:
         nodes=1,
         tasks_per_node=1,
+        cpus_per_task=2,
         gres="",
         launch="python",
     params:
         text=plan.text_argument,
     shell:
-        COUNTS + "{resources.launch} workflow/scripts/precompute_latents.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/precompute_latents.py"
         " config={input.config}"
         " vae=resources/components/{wildcards.component}"
         " {params.text}"

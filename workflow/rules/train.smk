@@ -20,12 +20,14 @@ rule train:
     resources:
         nodes=1,
         tasks_per_node=1,
+        cpus_per_task=2,
         gres="",
         launch="torchrun --standalone --nproc_per_node $TASKS_PER_NODE",
     params:
         milestones=lambda w: str([m for m in plan.milestones(w.run, w.stage) if m <= int(w.images)]),
     shell:
-        COUNTS + "{resources.launch} workflow/scripts/train.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/train.py"
         " config={input.config}"
         " experiment.stop_at={wildcards.images}"
         " experiment.wait_minutes=20"

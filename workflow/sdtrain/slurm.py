@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -72,6 +73,26 @@ def wait_for_jobs(folder: str | Path, say: Callable[[str], None] = print, second
             say(f"waiting for SLURM jobs of an earlier call: {names}; `scancel` ends one, what it has saved is kept")
         told = names
         time.sleep(seconds)
+
+
+def reasons(said: str, most: int = 5) -> list[str]:
+    """What SLURM wrote of the jobs that failed, by what Snakemake said of them: rule, job id and log, then its words.
+
+    Snakemake shows the log of the rule, where SLURM's own lines are not: out of memory, out of time, a lost node.
+    """
+    lines = []
+    for path in dict.fromkeys(re.findall(r"(\S+/slurm_logs/\S+\.log) \(check log", said)):
+        if Path(path).exists():
+            text = Path(path).read_text(errors="replace")
+            words = dict.fromkeys(
+                re.findall(r"^(?:slurmstepd|srun|scontrol|error: |rank \d+ ends).*", text, re.MULTILINE)
+            )
+            job, rule = Path(path).stem, Path(path).parts[Path(path).parts.index("slurm_logs") + 1]
+            lines += [
+                f"{rule.replace('_', ' ', 1)}, SLURM job {job}, {path}:",
+                *[f"  {word}" for word in [*words][:most]],
+            ]
+    return lines
 
 
 def parse(text: str, folder: Path) -> list[Job]:

@@ -136,6 +136,7 @@ def test_a_signal_to_one_rank_saves_all_and_asks_for_a_requeue(undisturbed, tmp_
     stopped = train.wait()
     assert stopped.codes == [75, 75], stopped.text
     marker = json.loads((tmp_path / RUN / "requeue").read_text())
+    assert marker["warned"] == (number == signal.SIGUSR1)  # by SLURM, ahead of its limit
     assert 0 < marker["images"] < 240 and f"saved at {marker['images']} images" in stopped.text
     assert not (tmp_path / RUN / "240").exists()
     again = train(tmp_path, *arguments, ranks=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import POLLING, own_profile, snakemake, surroundings
+from cluster import own_profile, snakemake, surroundings
 from tiny_run import make_tiny_run
 from trainings import SCRIPTS, TORCHRUN
 
@@ -66,12 +66,17 @@ def stage_folder(folder: Path, run: str) -> Path:
     return folder / "results/runs" / run / "stage1"
 
 
+def frozen(folder: Path, run: str) -> str:
+    """The configuration of a run's stage as the workflow freezes it; returns its path in the working copy."""
+    path = str((stage_folder(folder, run) / "config/train.yaml").relative_to(folder))
+    with snakemake(folder, "--config", f"run={run}", "--", path, profile="profiles/local") as call:
+        call.succeeds()
+    return path
+
+
 def torchrun(folder: Path, run: str, ranks: int = 4) -> Path:
     """Train a run by torchrun, on this machine and without the workflow; returns its stage's folder."""
-    frozen = stage_folder(folder, run) / "config/train.yaml"
-    words = [*POLLING, "--profile", "profiles/local", "--config", f"run={run}", "--", frozen.relative_to(folder)]
-    subprocess.run([*map(str, words)], cwd=folder, env=surroundings(), check=True, capture_output=True)
-    words = [*TORCHRUN[:-1], str(ranks), str(SCRIPTS / "train.py"), f"config={frozen}"]
+    words = [*TORCHRUN[:-1], str(ranks), str(SCRIPTS / "train.py"), f"config={frozen(folder, run)}"]
     done = subprocess.run(words, cwd=folder, env=surroundings(), text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return stage_folder(folder, run)

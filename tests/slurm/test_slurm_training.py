@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from checkout import ROOT
-from cluster import NODES, copy_profile, edit_resources, ended, slurm, snakemake
-from conftest import stage_folder, write_run
+from cluster import NODES, at_once, command, copy_profile, edit_resources, ended, slurm, snakemake, state, wait_for
+from conftest import frozen, stage_folder, write_run
 from trainings import last_checkpoint, log, same
 
 pytestmark = pytest.mark.timeout(600)
-TORCHRUN = (
-    "srun --nodes $NODES --ntasks-per-node 1 --cpus-per-task $((TASKS_PER_NODE * CPUS)) --gres $GRES torchrun"
-    " --nnodes $NODES --nproc_per_node $TASKS_PER_NODE --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID"
-    " --rdzv_endpoint $(hostname):$((20000 + SLURM_JOB_ID % 20000))"
-)
 
 
 def test_two_nodes_learn_what_torchrun_learns(ready, undisturbed):
@@ -30,13 +27,32 @@ def test_two_nodes_learn_what_torchrun_learns(ready, undisturbed):
 
 
 def test_torchrun_under_slurm_learns_the_same(ready, undisturbed):
-    """As docs/slurm.md says: one task a node, the rest of the job as it is."""
-    assert TORCHRUN in " ".join((ROOT / "docs/slurm.md").read_text().split())
+    """As docs/slurm.md writes it: one task a node, the rest of the job as it is."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.DOTALL)
+    (values,) = [yaml.safe_load(block) for block in blocks if "torch.distributed.run" in block]
     write_run(ready, "elastic")
-    edit_resources(ready, profile := copy_profile(ready, "elastic"), train={"launch": f"'{TORCHRUN}'"})
+    edit_resources(ready, profile := copy_profile(ready, "elastic"), train=values)
     with snakemake(ready, "--config", "run=elastic", "--", "stages", profile=profile) as call:
         call.succeeds()
     learnt_the_same(stage_folder(ready, "elastic"), undisturbed)
+
+
+def test_the_script_for_sbatch_learns_the_same_and_survives_a_requeue(ready, undisturbed):
+    write_run(ready, "script")
+    shape = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=gpu:2", "--mem=4000")
+    words = (*shape, "profiles/slurm/multinode.sbatch", f"config={frozen(ready, 'script')}")
+    (ready / "logs/slurm").mkdir(parents=True)
+    job = command("sbatch", "--parsable", *words, folder=ready).strip()
+    log_file = ready / f"logs/slurm/sd-training-{job}.out"
+    said = lambda: log_file.read_text() if log_file.exists() else state(job)  # noqa: E731
+    wait_for(
+        lambda: list(stage_folder(ready, "script").glob("checkpoints/*/[1-9]*/.metadata")), "a checkpoint", 120, said
+    )
+    command("scontrol", "requeue", job)
+    at_once(job)
+    wait_for(lambda: state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "its end", 200, said)
+    assert state(job) == "COMPLETED" and "resumed at" in said(), said()
+    learnt_the_same(stage_folder(ready, "script"), undisturbed)
 
 
 def learnt_the_same(stage: Path, undisturbed: Path) -> None:
@@ -86,8 +102,6 @@ def test_the_shipped_profile_gives_sixteen_nodes_of_eight(ready, tmp_path, monke
 
 
 def shipped_launch() -> str:
-    import yaml
-
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     return profile["set-resources"]["train"]["launch"].strip("'")
 

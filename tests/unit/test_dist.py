@@ -34,8 +34,8 @@ def test_world_reads_the_launcher(environ, expected):
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """Write a command of that name in front of all others."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    """Write a command of that name; SLURM's own, where it is installed, is out of the way."""
+    monkeypatch.setenv("PATH", str(tmp_path))
 
     def write(body: str):
         path = tmp_path / "scontrol"
@@ -71,6 +71,16 @@ def alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
+
+
+def test_another_number_of_ranks_than_planned_is_refused():
+    here = World(0, 2, 0, "slurm")
+    dist.require_planned(None, here)
+    dist.require_planned(2, here)
+    with pytest.raises(
+        DistError, match="distributed.world_size: 128 ranks were planned and 2 came .slurm.; .*launch line"
+    ):
+        dist.require_planned(128, here)
 
 
 def test_one_process_needs_no_group(alone):

@@ -214,6 +214,7 @@ def test_a_signal_to_one_rank_saves_all_and_asks_for_a_requeue(undisturbed, trai
     stopped = train.wait()
     assert stopped.codes == [75, 75], stopped.text
     marker = json.loads((tmp_path / RUN / "requeue").read_text())
+    assert marker["warned"] == (number == signal.SIGUSR1)  # by SLURM, ahead of its limit
     assert 16 < marker["images"] < 96 and f"saved at {marker['images']} images" in stopped.text
     assert not (tmp_path / "component.json").exists() and not (tmp_path / "component").exists()
     again = train(tmp_path, *given, ranks=2)

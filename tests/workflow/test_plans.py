@@ -133,8 +133,11 @@ def test_the_launch_line_is_the_profiles(checkout):
         (line,) = {job["shellcmd"].split(" workflow/scripts/train.py")[0] for job in plan.of("train")}
         return line
 
-    assert launch("profiles/local").startswith("torchrun --standalone --nproc_per_node")
-    assert launch("slurm").startswith("srun ") and launch("slurm").endswith("python -u")
+    counts = "JOB_NODES={} JOB_TASKS_PER_NODE={} JOB_CPUS_PER_TASK={} JOB_GRES={}; "
+    here, slurm = counts.format(1, 2, 2, ""), counts.format(16, 8, 6, "gpu:8")
+    assert launch("profiles/local") == f"{here}torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE"
+    assert launch("slurm").startswith(f"{slurm}srun --kill-on-bad-exit --nodes $JOB_NODES ")
+    assert launch("slurm").endswith("--gres $JOB_GRES profiles/slurm/rank.sh $(command -v python)")
 
 
 # Each: what is set (file, key, value), said on the command line, or a list of these, and what the message must name

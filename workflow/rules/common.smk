@@ -29,7 +29,10 @@ if workflow.is_main_process:  # jobs plan by what was planned here, whatever is 
     os.environ[configuration.CONFIGS] = str(calls.keep_copy(configuration.folder()))
 
 # What a launch line may say of its job: the counts stand once, in the profile's resources
-COUNTS = "NODES={resources.nodes} TASKS_PER_NODE={resources.tasks_per_node} CPUS={resources.cpus_per_task} GRES={resources.gres}; "
+COUNTS = (
+    "JOB_NODES={resources.nodes} JOB_TASKS_PER_NODE={resources.tasks_per_node}"
+    " JOB_CPUS_PER_TASK={resources.cpus_per_task} JOB_GRES={resources.gres}; "
+)
 
 TRAINED = [name for name, entry in plan.load_components().items() if entry.source == "train"]
 

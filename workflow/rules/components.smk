@@ -63,5 +63,5 @@ rule train_autoencoder:
         " held_out={input.held_out}"
         " output={output}"
         " wait_minutes=20"
-        " distributed.world_size=$((NODES * TASKS_PER_NODE))"
+        " distributed.world_size=$((JOB_NODES * JOB_TASKS_PER_NODE))"
         " 2>&1 | tee {log} || workflow/scripts/requeue.sh resources/components/training/{wildcards.component}/requeue"

@@ -22,7 +22,7 @@ rule train:
         tasks_per_node=1,
         cpus_per_task=2,
         gres="",
-        launch="torchrun --standalone --nproc_per_node $TASKS_PER_NODE",
+        launch="torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE",
     params:
         milestones=lambda w: str([m for m in plan.milestones(w.run, w.stage) if m <= int(w.images)]),
     shell:
@@ -31,6 +31,6 @@ rule train:
         " config={input.config}"
         " experiment.stop_at={wildcards.images}"
         " experiment.wait_minutes=20"
-        " distributed.world_size=$((NODES * TASKS_PER_NODE))"
+        " distributed.world_size=$((JOB_NODES * JOB_TASKS_PER_NODE))"
         " 'experiment.milestones={params.milestones}'"
         " 2>&1 | tee {log} || workflow/scripts/requeue.sh results/runs/{wildcards.run}/{wildcards.stage}/requeue"

@@ -5,6 +5,7 @@
 set -euo pipefail
 [[ -n ${SLURM_JOB_ID:-} ]] && grep -qs '"warned": true' "$1" || exit 1
 echo "$1: saved ahead of the time limit; job $SLURM_JOB_ID goes back into the queue"
+rm "$1" # else a failure at the next start would ask again, without end
 scontrol requeue "$SLURM_JOB_ID"
 sleep 600 # SLURM ends this shell before that
 exit 1

@@ -71,17 +71,17 @@ def test_two_hundred_jobs_in_groups_a_few_at_a_time(finished):
     for number in range(1, PARTS):
         shutil.copyfile(tar, folder / f"many/{number:05d}.tar")
     (folder / "configs/data/many.yaml").write_text(f"shards: {{path: 'many/*.tar', parts: {PARTS}}}")
-    edit_profile(folder, **{"jobs": IN_FLIGHT, "max-jobs-per-timespan": "1/4s"})
+    edit_profile(folder, **{"jobs": IN_FLIGHT, "max-jobs-per-timespan": "1/3s"})
     target = "results/data/many/train/shards/manifest.json"
     before = {row.id for row in ended(folder)}
     with snakemake(folder, "--", target) as call:
-        call.succeeds(500)
+        call.succeeds(850)
     manifest = json.loads((folder / target).read_text())
     assert manifest["samples"] == 2 * PARTS and len(manifest["shards"]) == PARTS
 
     jobs = [row for row in ended(folder) if row.id not in before]
     assert len(jobs) == -(-PARTS // IN_A_GROUP) and {row.state for row in jobs} == {"COMPLETED"}
-    assert max(sum(overlap(a, b) > 0 for b in jobs) for a in jobs) <= IN_FLIGHT + 1  # the table counts whole seconds
+    assert max(sum(b.start <= a.start < b.end for b in jobs) for a in jobs) == IN_FLIGHT
     submitted = sorted(row.submitted for row in jobs)
     pauses = [(b - a).total_seconds() for a, b in zip(submitted, submitted[1:], strict=False)]
-    assert min(pauses) >= 3
+    assert min(pauses) >= 2  # the table counts whole seconds

@@ -58,10 +58,11 @@ onstart:
                 "--set-resources: the rule train has no launch line, for a key given on the command line takes the place of "
                 "the profile's whole key. Write your values into a copy of the profile: cp -r profiles/slurm profiles/mine"
             )
-        try:
-            slurm.wait_for_jobs(Path(), say=logger.warning) if ALONE else None
-        except slurm.SlurmError as error:
-            raise WorkflowError(str(error))
+        if ALONE:  # no other call here submits jobs, so those that are left have lost theirs
+            try:
+                slurm.wait_for_jobs(Path(), say=logger.warning)
+            except slurm.SlurmError as error:
+                raise WorkflowError(str(error))
 
 
 onerror:

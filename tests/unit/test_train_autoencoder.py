@@ -525,10 +525,11 @@ def test_the_rule_waits_for_the_perceptual_network(tmp_path):
 def test_the_rule_s_launcher_is_the_profile_s(tmp_path):
     tree = make_checkout(tmp_path / "checkout")
     command = "workflow/scripts/train_autoencoder.py config=resources/components/config/emoji-autoencoder-scratch.yaml"
-    assert plan(tree)["shellcmd"].startswith(f"python {command}")
-    launcher = "torchrun --standalone --nproc_per_node 8"
-    job = plan(tree, "--set-resources", f"train_autoencoder:launch='{launcher}'")
-    assert job["shellcmd"].startswith(f"{launcher} {command}")
+    assert f" JOB_TASKS_PER_NODE=1 JOB_CPUS_PER_TASK=2 JOB_GRES=; python {command}" in plan(tree)["shellcmd"]
+    launcher = "torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE"
+    given = ("train_autoencoder:tasks_per_node=8", f"train_autoencoder:launch='{launcher}'")
+    line = plan(tree, "--set-resources", *given)["shellcmd"]
+    assert f" JOB_TASKS_PER_NODE=8 JOB_CPUS_PER_TASK=2 JOB_GRES=; {launcher} {command}" in line
 
 
 def test_the_planned_configuration_is_the_one_that_the_command_reads(tmp_path):

@@ -29,7 +29,8 @@ rule download_component:
 
 
 # On one GPU, or a CPU. On more, a profile's set-resources names a launcher for it, such as
-#   launch: "'torchrun --standalone --nproc_per_node 8'"
+#   tasks_per_node: 8
+#   launch: "'torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE'"
 # and every process takes batch_size images a step. What it goes on from after a kill or a signal, its log and its
 # samples lie in resources/components/training/{component}; the finished component is put in place whole.
 rule train_autoencoder:

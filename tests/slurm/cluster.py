@@ -87,9 +87,8 @@ def snakemake(
         yield Call(folder, process, output)
     finally:
         kill_all(process)
-        for job in slurm.jobs(folder):
-            if not process.returncode == 0:
-                command("scancel", job.id, check=False)
+        for job in slurm.jobs(folder) if process.returncode else ():
+            command("scancel", job.id, check=False)
 
 
 # ---------------------------------------------------------------- jobs
@@ -139,6 +138,11 @@ def state(job: str) -> str:
     return command("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", check=False).strip()
 
 
+def nodes_of(job: str) -> str:
+    """The nodes of a job that runs, as SLURM writes them: n[1-2]."""
+    return command("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
+
+
 def log_of(folder: Path, rule: str) -> str:
     """All that the jobs of one rule have written into their SLURM logs."""
     logs = sorted(folder.glob(f".snakemake/slurm_logs/*_{rule}/**/*.log"), key=lambda path: int(path.stem))
@@ -164,6 +168,12 @@ def occupied(*options: str) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- working copies
+def executable(path: Path, text: str) -> None:
+    """Write a command."""
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def own_profile(folder: Path) -> None:
     """Give a working copy a profile of its own: the shipped one, with the training made to fit the test cluster."""
     (folder / "profiles").unlink()

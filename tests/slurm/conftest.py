@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import own_profile, snakemake, surroundings
+from cluster import FILES, own_profile, snakemake, surroundings
 from tiny_run import make_tiny_run
-from trainings import SCRIPTS, TORCHRUN
+from trainings import SCRIPTS, TORCHRUN, last_checkpoint, log, same, weights
 
 HERE = Path(__file__).parent
 STEPS = 60  # of a training of `run`, each of 8 images: 2 nodes x 2 ranks x 2
@@ -21,7 +22,7 @@ def why_not() -> str | None:
     """Why there is no test cluster; None where there is one."""
     if missing := [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(tool)]:
         return f"{', '.join(missing)} not installed (packages munge, slurmctld, slurmd, slurm-client)"
-    if not Path("/var/tmp/sd-training-slurm/pids").exists():
+    if not (FILES / "pids").exists():
         return "no test cluster: as root, `make test-slurm` brings one up"
     ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
     return None if "is UP" in ping.stdout else f"the test cluster is down: {ping.stdout}{ping.stderr}"
@@ -74,9 +75,9 @@ def frozen(folder: Path, run: str) -> str:
     return path
 
 
-def torchrun(folder: Path, run: str, ranks: int = 4) -> Path:
+def torchrun(folder: Path, run: str) -> Path:
     """Train a run by torchrun, on this machine and without the workflow; returns its stage's folder."""
-    words = [*TORCHRUN[:-1], str(ranks), str(SCRIPTS / "train.py"), f"config={frozen(folder, run)}"]
+    words = [*TORCHRUN[:-1], "4", str(SCRIPTS / "train.py"), f"config={frozen(folder, run)}"]
     done = subprocess.run(words, cwd=folder, env=surroundings(), text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return stage_folder(folder, run)
@@ -87,3 +88,19 @@ def undisturbed(ready) -> Path:
     """The stage's folder after a training by torchrun, with nothing in its way."""
     write_run(ready, "undisturbed")
     return torchrun(ready, "undisturbed")
+
+
+def saved(folder: Path, run: str) -> int:
+    """Images seen at the newest checkpoint that is whole; 0 where there is none."""
+    found = stage_folder(folder, run).glob("checkpoints/*/[1-9]*/.metadata")
+    return max((int(path.parent.name) for path in found), default=0)
+
+
+def as_if_nothing_had_happened(folder: Path, run: str, undisturbed: Path) -> None:
+    """Four ranks, and the same weights, average, moments, counts, log and exported pipeline."""
+    stage = stage_folder(folder, run)
+    assert json.loads((stage / f"{8 * STEPS}/train.json").read_text())["world_size"] == 4
+    assert same(last_checkpoint(stage), last_checkpoint(undisturbed))
+    assert same(weights(stage / "pipeline"), weights(undisturbed / "pipeline"))
+    assert log(stage) == log(undisturbed)
+    assert not (stage / "requeue").exists()

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster import FILES, NODES, Call, command, copy_profile, edit_resources, running, snakemake, wait_for
+from cluster import FILES, NODES, Call, command, copy_profile, edit_resources, executable, running, snakemake, wait_for
 from conftest import STEPS, stage_folder, write_run
-from test_slurm_training import executable
 
 pytestmark = pytest.mark.timeout(600)
 

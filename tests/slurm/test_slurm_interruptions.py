@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from cluster import (
     command,
     ended,
     log_of,
+    nodes_of,
     occupied,
     overlap,
     running,
@@ -23,17 +23,10 @@ from cluster import (
     state,
     wait_for,
 )
-from conftest import STEPS, stage_folder, write_run
-from trainings import last_checkpoint, log, same, weights
+from conftest import STEPS, as_if_nothing_had_happened, saved, write_run
 
 pytestmark = pytest.mark.timeout(600)
 IMAGES = 8 * STEPS
-
-
-def saved(folder: Path, run: str) -> int:
-    """Images seen at the newest checkpoint that is whole; 0 where there is none."""
-    found = stage_folder(folder, run).glob("checkpoints/*/[1-9]*/.metadata")
-    return max((int(path.parent.name) for path in found), default=0)
 
 
 def train_until_saved(call, run: str) -> str:
@@ -44,21 +37,11 @@ def train_until_saved(call, run: str) -> str:
     return job.id
 
 
-def as_if_nothing_had_happened(folder: Path, run: str, undisturbed: Path, images: int = IMAGES) -> None:
-    """Weights, average, moments, counts, log and the exported pipeline."""
-    stage = stage_folder(folder, run)
-    assert json.loads((stage / f"{images}/train.json").read_text())["world_size"] == 4
-    assert same(last_checkpoint(stage), last_checkpoint(undisturbed))
-    assert same(weights(stage / "pipeline"), weights(undisturbed / "pipeline"))
-    assert log(stage) == log(undisturbed)
-    assert not (stage / "requeue").exists()
-
-
-def went_on(folder: Path, run: str, job: str, images: int = IMAGES) -> None:
+def went_on(folder: Path, run: str, job: str) -> None:
     """The same job came to the end, from a checkpoint that lies between."""
     states = [row.state for row in ended(folder) if row.id == job]
     assert len(states) == 2 and states[-1] == "COMPLETED", states
-    assert len(resumed(folder, run)) == 1 and 0 < resumed(folder, run)[0] < images
+    assert len(resumed(folder, run)) == 1 and 0 < resumed(folder, run)[0] < IMAGES
 
 
 def resumed(folder: Path, run: str) -> list[int]:
@@ -82,7 +65,7 @@ def test_preempted(ready, undisturbed):
     write_run(ready, "preempted")
     with snakemake(ready, "--config", "run=preempted", "--", "stages") as call:
         job = train_until_saved(call, "preempted")
-        with occupied(f"--nodelist={command('squeue', '-h', '-j', job, '-o', '%N').strip()}"):
+        with occupied(f"--nodelist={nodes_of(job)}"):
             at_once(job)  # on other nodes
             call.succeeds()
     went_on(ready, "preempted", job)
@@ -94,7 +77,7 @@ def test_a_node_is_lost(ready, undisturbed):
     write_run(ready, "lost")
     with snakemake(ready, "--config", "run=lost", "--", "stages") as call:
         job = train_until_saved(call, "lost")
-        nodes = command("scontrol", "show", "hostnames", command("squeue", "-h", "-j", job, "-o", "%N").strip()).split()
+        nodes = command("scontrol", "show", "hostnames", nodes_of(job)).split()
         try:
             for process in command("ip", "netns", "pids", f"sd-{nodes[-1]}").split():
                 os.kill(int(process), signal.SIGKILL)
@@ -115,10 +98,8 @@ def test_the_time_limit_comes_near(ready, undisturbed):
         job = train_until_saved(call, "limited")
         ranks = ranks_of("limited")
         assert len(ranks) == 4
-        for (
-            rank
-        ) in ranks:  # or a fast machine would be at the end before SLURM looks at its clock; its signal wakes them
-            rank.suspend()
+        for rank in ranks:
+            rank.suspend()  # a fast one would end before SLURM looks at its clock; the signal wakes it
         command("scontrol", "update", f"jobid={job}", "timelimit=11")
         wait_for(lambda: state(job) == "PENDING", "the job back in the queue", 120, call.said)
         command("scontrol", "update", f"jobid={job}", "timelimit=600")

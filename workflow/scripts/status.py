@@ -151,20 +151,11 @@ def read_log(path: Path) -> Log:
         lines, written = path.read_text(encoding="utf-8", errors="replace").splitlines(), path.stat().st_mtime
     except OSError:
         return Log()
-    last = [entry for entry in map(parse, lines[-50:]) if entry]
-    noted = [entry for line in lines if '"event"' in line and (entry := parse(line))]
+    last = [entry for entry in map(cf.read_log_line, lines[-50:]) if entry]
+    noted = [entry for line in lines if '"event"' in line and (entry := cf.read_log_line(line))]
     speed = [e for e in last if isinstance(e.get("images_per_second"), int | float) and e["images_per_second"] > 0]
     events = [str(entry.get("event")) for entry in noted]
     return Log(last[-1]["images"] if last else 0, speed[-RECENT:], events, written)
-
-
-def parse(line: str) -> dict | None:
-    """A line of the log, None of a broken one."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("images"), int) else None
 
 
 @dataclass

@@ -229,8 +229,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     # Stopped by a signal: all is saved, and a file asks for a new start, as exit codes get lost on the way
     if step < steps:
         if here.main:
-            config.write_json(own.folder / "requeue", {"images": step * global_batch, "warned": bool(stop.warned)})
-            print(f"{own.folder}: stopped, saved at {step * global_batch} images; the same command goes on", flush=True)
+            checkpoint.ask_for_restart(own.folder, step * global_batch, bool(stop.warned))
         dist.barrier()
         return False
 

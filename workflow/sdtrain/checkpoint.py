@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
-from sdtrain.config import write_text
+from sdtrain.config import write_json, write_text
 from sdtrain.dist import is_lost
 
 # One process without a process group is meant so
@@ -215,6 +215,12 @@ def wipe(checkpoints: Checkpoints, previous: int) -> None:
 def finish_milestone(checkpoints: Checkpoints, images: int, code: str) -> None:
     """Mark a milestone as finished; call it once its declared result is written."""
     write_text(checkpoints.folder / f"{images}.done", code + "\n")
+
+
+def ask_for_restart(folder: Path, images: int, warned: bool) -> None:
+    """Leave word that a training was stopped and saved at so many images; `warned`: by SLURM, ahead of its limit."""
+    write_json(folder / "requeue", {"images": images, "warned": warned})
+    print(f"{folder}: stopped, saved at {images} images; the same command goes on", flush=True)
 
 
 # ---------------------------------------------------------------- one trainer a folder

@@ -403,6 +403,15 @@ def read_json(path: str | Path) -> Any:
         ) from None
 
 
+def read_log_line(line: str) -> dict | None:
+    """A line of a training's log.jsonl; None of one cut by a kill."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("images"), int) else None
+
+
 def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
     """The `dataset` section of a stage, turned to the held-out images at `path`: same filters and resolution."""
     kind = "ClassificationWebDataset" if dataset.params.idx_to_prompt else "WebDataset"

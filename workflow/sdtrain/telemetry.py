@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from sdtrain.config import read_log_line
+
 PEAKS = {  # TFLOP/s of one device: bf16 (fp16 where there is no bf16), TF32, fp32
     "B200": (2250, 1125, 75),
     "GB200": (2500, 1250, 80),
@@ -157,7 +159,9 @@ class Telemetry:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
         aside = self.log_path.with_name(f".{self.log_path.name}.tmp")
-        aside.write_text("".join(f"{line}\n" for line in text.splitlines() if (found := _parse(line)) and keep(found)))
+        aside.write_text(
+            "".join(f"{line}\n" for line in text.splitlines() if (found := read_log_line(line)) and keep(found))
+        )
         os.replace(aside, self.log_path)
         self.log_file = open(self.log_path, "a", buffering=1)
 
@@ -267,15 +271,6 @@ class Telemetry:
 
             self._send(self.wandb.finish)
             self._send(wandb.teardown)  # waits for its service process, which writes the file
-
-
-def _parse(line: str) -> dict | None:
-    """A line of the log; None of one cut by a kill."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("images"), int) else None
 
 
 def _finite(value) -> bool:

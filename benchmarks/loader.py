@@ -21,7 +21,9 @@ import webdataset as wds
 from PIL import Image
 from safetensors.torch import save
 
-from sdtrain import loader, shards, tars
+from sdtrain.data import tars
+from sdtrain.data.manifest import write_manifest
+from sdtrain.data.stream import ImageDataset, LatentDataset, batches
 
 SIDE, RESOLUTION, BATCH, ROUNDS = 1024, 256, 16, 5
 IMAGES, LATENTS = 64, 1024
@@ -56,8 +58,8 @@ def write_shards(folder: Path) -> dict[str, str]:
             images.add(f"{i:05d}", {"jpg": photos[i % len(photos)], "txt": b"a caption"})
         for i in range(LATENTS):
             lat.add(f"{i:05d}", {"latent": save({"latents": torch.randn(4, 32, 32).half()}), "txt": b"a caption"})
-    shards.write_manifest(folder / "images.json", "images", images.paths, {}, {})
-    shards.write_manifest(folder / "latents.json", "latents", lat.paths, {}, {})
+    write_manifest(folder / "images.json", "images", images.paths, {}, {})
+    write_manifest(folder / "latents.json", "latents", lat.paths, {}, {})
     return {"images": str(folder / "images.json"), "latents": str(folder / "latents.json"), "tar": str(images.paths[0])}
 
 
@@ -85,7 +87,7 @@ def rate(stream: Iterable, images: int) -> float:
     return images / (time.perf_counter() - begin)
 
 
-def difference(dataset: loader.ImageDataset, path: str) -> float:
+def difference(dataset: ImageDataset, path: str) -> float:
     """Mean absolute difference of this loader's pixels and the plain pipeline's, in levels of 255."""
     reference = {key: pixels for batch in plain(path) for pixels, key in zip(batch[0], batch[2], strict=True)}
     items = [dataset[position] for position in range(IMAGES)]
@@ -102,7 +104,7 @@ def peak() -> float:
 def walk(manifest: str) -> None:
     """Read samples all along an epoch; print this process's peak of memory, and how much of it is the walk's, in MB."""
     before = peak()
-    dataset = loader.LatentDataset(manifest, window=WINDOW)
+    dataset = LatentDataset(manifest, window=WINDOW)
     for position in range(0, len(dataset), len(dataset) // READ):
         dataset[position]
     print(peak(), peak() - before)
@@ -114,7 +116,7 @@ def memory(folder: Path, tar: Path, count: int) -> tuple[float, float]:
     for link in links:
         os.link(tar, link)
     manifest = folder / f"{count}.json"
-    shards.write_manifest(manifest, "latents", links, {}, {})
+    write_manifest(manifest, "latents", links, {}, {})
     done = subprocess.run([sys.executable, __file__, str(manifest)], check=True, capture_output=True, text=True)
     whole, part = map(float, done.stdout.split())
     print(f"peak memory at {count} shards: {whole:.0f} MB, of which the walk {part:.0f} MB")
@@ -126,12 +128,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = write_shards(folder)
-        images, latents = loader.ImageDataset(paths["images"], RESOLUTION), loader.LatentDataset(paths["latents"])
+        images, latents = ImageDataset(paths["images"], RESOLUTION), LatentDataset(paths["latents"])
         ratios, gains = [], []
         for round_ in range(ROUNDS):  # in turn, so that a machine that slows down slows all
             w = rate(plain(paths["tar"]), IMAGES)
-            i = rate(loader.batches(images, BATCH), IMAGES)
-            z = rate(loader.batches(latents, BATCH), LATENTS)
+            i = rate(batches(images, BATCH), IMAGES)
+            z = rate(batches(latents, BATCH), LATENTS)
             ratios.append(i / w)
             gains.append(z / i)
             print(f"round {round_ + 1}: webdataset {w:,.0f} img/s, images {i:,.0f} img/s, latents {z:,.0f} img/s")

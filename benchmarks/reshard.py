@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtrain import config, schema
-from sdtrain.shards import sha256_file
-from sdtrain.tars import ShardWriter
+from sdtrain.config import schema
+from sdtrain.config.load import load_config
+from sdtrain.data.tars import ShardWriter
+from sdtrain.io.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SAMPLES, SIZE, ROUNDS = 10, 1000, 100_000, 5  # samples a shard, bytes an image
@@ -49,7 +50,7 @@ def write_shards(folder: Path, shards: int, samples: int, size: int) -> str:
 def configure(path: str):
     """The rule's configuration: keep 512 px and more."""
     values = {"path": path, "samples_per_shard": SAMPLES // 2, "select": {"filters": {"original_width": ">=512"}}}
-    return config.load(schema.ExistingShardsConfig, values=values)
+    return load_config(schema.ExistingShardsConfig, values=values)
 
 
 def peak_memory(path: str, output: str) -> float:

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from omegaconf import OmegaConf
 
-from sdtrain import schema
-from sdtrain.tables import ParquetFile
+from sdtrain.config import schema
+from sdtrain.data.tables import ParquetFile
 
 ROWS, BATCH, ROUNDS = 2_000_000, 65536, 5
 SCRIPT = Path(__file__).resolve().parents[1] / "workflow/scripts/select_samples.py"

@@ -26,12 +26,16 @@ from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from torch import nn
 
-from sdtrain import checkpoint, config, diffusion, dist, objective, parallel, schema, telemetry
-from sdtrain.ema import Ema, trainable
-from sdtrain.optimizer import adamw, state_by_name
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.load import load_config, load_run
+from sdtrain.training import checkpoint, objective, parallel, telemetry
+from sdtrain.training.diffusion_task import Network, batch_losses
+from sdtrain.training.ema import Ema, trainable
+from sdtrain.training.optimizer import adamw, state_by_name
 
 M_MMAP_THRESHOLD = -3  # of mallopt
-CPU, ALONE = torch.device("cpu"), dist.World(0, 1, 0, "single")
+CPU, ALONE = torch.device("cpu"), distributed.World(0, 1, 0, "single")
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion 1's
 ROUNDS, BATCH, SIDE, TOKENS = 5, 4, 16, 16
 SMALL = {  # 35 M weights
@@ -72,15 +76,15 @@ class Ours:
         unet, bf16 = UNet2DConditionModel(**params).to(device).train(), on.get("bf16", False)
         self.batch = inputs(unet, images, side, tokens, device, seed=here.rank)
         self.dataset = SimpleNamespace(empty_text=torch.zeros(1, tokens, unet.config.cross_attention_dim))
-        self.settings = config.load(schema.ObjectiveConfig)
+        self.settings = load_config(schema.ObjectiveConfig)
         if on.get("checkpointing"):
             unet.enable_gradient_checkpointing()
         if on.get("channels_last"):
             unet.to(memory_format=torch.channels_last)
         parallel.compile_model(unet, on.get("compile"))
         model = parallel.spread(unet, strategy, here.size, device, bf16)
-        self.optimizer = adamw(unet, config.load(schema.OptimizerConfig, values={"fused": on.get("fused", True)}))
-        self.net = diffusion.Network(
+        self.optimizer = adamw(unet, load_config(schema.OptimizerConfig, values={"fused": on.get("fused", True)}))
+        self.net = Network(
             parts=None,
             unet=unet,
             model=model,
@@ -110,7 +114,7 @@ class Ours:
         draws = objective.draw(self.settings, 0, self.number * n, n, slots)
         torch.manual_seed(draws.offset_seeds[0])
         with parallel.exchange(self.net.model, now=True), self.net.kernel:
-            each = diffusion.batch_losses(self.net, self.batch, draws, self.dataset, self.settings)
+            each = batch_losses(self.net, self.batch, draws, self.dataset, self.settings)
             each.mean().backward()
         norm = parallel.clip_gradients(self.net.unet, 1.0)
         losses, bad = each.detach().double(), ~torch.isfinite(norm)
@@ -139,7 +143,7 @@ class Ours:
 def report(loss: torch.Tensor, bad: torch.Tensor) -> list[float]:
     """The sums of a step over all ranks: as many numbers as train.py's, in one exchange."""
     rest = torch.zeros(10, dtype=torch.float64, device=loss.device)
-    return dist.total(torch.cat([loss[None], bad[None], rest])).tolist()
+    return distributed.total(torch.cat([loss[None], bad[None], rest])).tolist()
 
 
 class Plain:
@@ -185,11 +189,11 @@ def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
-    here, device = dist.start("gloo", f"file://{meeting}")
+    here, device = distributed.start("gloo", f"file://{meeting}")
     before, held = memory("VmRSS"), 0
     training = Ours(SMALL, BATCH, SIDE, TOKENS, device, here, strategy)
     while parent.recv():
-        dist.barrier()
+        distributed.barrier()
         begin = time.perf_counter()
         loss = training.backward()
         held = held or training.bytes()  # with its gradients
@@ -198,7 +202,7 @@ def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent
     peak, zero = memory("VmHWM") - before, torch.zeros((), dtype=torch.float64)
     reports = [seconds(lambda: report(zero, zero > 0)) for _ in range(50)]
     parent.send({"held": held, "peak": peak, "report": statistics.median(reports)})
-    dist.stop()
+    distributed.stop()
 
 
 def pair(strategy: str, folder: str, threshold: int | None) -> list:
@@ -312,12 +316,12 @@ def compare_saves(training: Ours) -> None:
 # ---------------------------------------------------------------- the GPU
 def seed_unet() -> dict:
     """The arguments of the seed's UNet."""
-    return OmegaConf.to_container(config.load_run("sd-v1").model.unet.params)
+    return OmegaConf.to_container(load_run("sd-v1").model.unet.params)
 
 
 def speed(pipe, kind: type, images: int, steps: int, switches: dict) -> None:
     """Images a second, MFU and bytes at their peak of the seed's UNet at 256 px, to the pipe; None for too many."""
-    device, params = dist.only_device(), seed_unet()
+    device, params = distributed.only_device(), seed_unet()
     try:
         training = kind(params, images, LATENTS_256, STATES_77, device, **switches)
         for _ in range(5):  # the first compiles

@@ -80,14 +80,14 @@ def tiny_unet_params() -> dict:
 @pytest.fixture(scope="session")
 def image_shards(tmp_path_factory) -> Path:
     """A folder of three unequal tars of jpg, txt and json (41 images in all) and their manifest.json."""
-    from sdtrain import shards
+    from sdtrain.data.manifest import write_manifest
 
     folder = tmp_path_factory.mktemp("image_shards")
     number, tars = 0, []
     for shard, size in enumerate(SHARD_SIZES):
         tars.append(write_tar(folder / f"{shard:05d}.tar", [make_sample(n) for n in range(number, number + size)]))
         number += size
-    shards.write_manifest(folder / "manifest.json", "images", tars, {}, {"test": "image_shards"})
+    write_manifest(folder / "manifest.json", "images", tars, {}, {"test": "image_shards"})
     return folder
 
 

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from samples import ROOT
 
-from sdtrain.shards import read_manifest
+from sdtrain.data.manifest import read_manifest
 
 CONFIG = {"image_size": 16, "samples_per_shard": 4, "processes": 1, "threads": 4, "retries": 0, "columns": ["group"]}
 ENVIRONMENT = {  # img2dataset imports much, three times a run: its bytecode is kept between the runs

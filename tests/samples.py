@@ -75,7 +75,7 @@ def kill_script(name: str, arguments: list[str], *, after: float | None = None, 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sdtrain.config", "sdtrain.tables", "tqdm", "PIL.Image"]
+        ["sdtrain.config.cli", "sdtrain.data.tables", "tqdm", "PIL.Image"]
     )  # so that starts are quick
     process = context.Process(target=call_script, args=(name, arguments, replaces))
     process.start()

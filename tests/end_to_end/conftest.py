@@ -52,32 +52,35 @@ def stage_yaml(stage_values, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def text_parts(tiny_parts, tmp_path_factory) -> Path:
     """The parts as a component: with a record."""
-    from sdtrain import config
+    from sdtrain.io.files import write_json
 
     folder = shutil.copytree(tiny_parts, tmp_path_factory.mktemp("components") / "parts")
-    config.write_json(f"{folder}.json", {"fingerprint": "00000000000000aa"})
+    write_json(f"{folder}.json", {"fingerprint": "00000000000000aa"})
     return folder
 
 
 @pytest.fixture(scope="session")
 def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
     """Manifests of the same latents: online (captions only), cached (their states too), permuted (other captions)."""
-    from sdtrain import config, schema, shards, tars
+    from sdtrain.config import schema
+    from sdtrain.config.load import load_config
+    from sdtrain.data import tars
+    from sdtrain.data.manifest import read_manifest, write_manifest
 
     script, root = load_script("precompute_latents"), tmp_path_factory.mktemp("latents")
-    images = shards.read_manifest(image_shards / "manifest.json")["shards"]
+    images = read_manifest(image_shards / "manifest.json")["shards"]
     for row in images:
         samples = [(s.key, {e: s.read(e) for e in s.fields}) for s in tars.index_tar(row["path"])]
         captions = [fields["txt"] for _, fields in samples]
         for (_, fields), caption in zip(samples, captions[1:] + captions[:1], strict=True):
             fields["txt"] = caption
         write_tar(root / Path(row["path"]).name, samples)
-    shards.write_manifest(root / "permuted.json", "images", sorted(root.glob("*.tar")), {}, {})
+    write_manifest(root / "permuted.json", "images", sorted(root.glob("*.tar")), {}, {})
     manifests = {}
     for name, text in (("online", None), ("cached", str(text_parts)), ("permuted", str(text_parts))):
         (root / name).mkdir()
         manifests[name] = root / name / "manifest.json"
         source = root / "permuted.json" if name == "permuted" else image_shards / "manifest.json"
-        settings = config.load(schema.LatentsConfig, overrides=["workers=0"])
+        settings = load_config(schema.LatentsConfig, overrides=["workers=0"])
         script.precompute(settings, str(text_parts), text, 32, str(source), manifests[name])
     return manifests

@@ -27,7 +27,7 @@ from trainings import (
     weights,
 )
 
-from sdtrain import tars
+from sdtrain.data import tars
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too

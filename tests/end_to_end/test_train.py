@@ -20,7 +20,15 @@ from safetensors.torch import load_file
 from samples import load_script
 from trainings import SCRIPTS, environment, last_checkpoint, log, losses, part, refused, same, weights
 
-from sdtrain import config, dist, identity, loader, sampling, schema, tars
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.fingerprint import freeze_stage
+from sdtrain.config.load import OmegaConf, load_config, require
+from sdtrain.data import tars
+from sdtrain.data.stream import ImageDataset, batches
+from sdtrain.io.files import write_json, write_text
+from sdtrain.models.pipeline import generate, load_pipeline
+from sdtrain.training import identity
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
@@ -109,10 +117,10 @@ def test_the_log_tells_what_a_training_is_judged_by(tmp_path, train, stage_yaml)
 def test_a_process_has_the_threads_it_is_told(tmp_path, stage_values):
     """Seen at a training that is finished already: it sets them, and ends."""
     options = ["system.threads=3", f"experiment.log_dir={tmp_path}"]
-    cfg, before = config.load(schema.StageConfig, values=stage_values, overrides=options), torch.get_num_threads()
-    config.write_json(tmp_path / "tiny/stage1/16/train.json", {"fingerprint": identity.identify(cfg, 2).key})
+    cfg, before = load_config(schema.StageConfig, values=stage_values, overrides=options), torch.get_num_threads()
+    write_json(tmp_path / "tiny/stage1/16/train.json", {"fingerprint": identity.identify(cfg, 2).key})
     try:
-        assert load_script("train").train(cfg, dist.world({}), torch.device("cpu"), stop=None)
+        assert load_script("train").train(cfg, distributed.world({}), torch.device("cpu"), stop=None)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -129,8 +137,8 @@ def test_half_precision_learns_nearly_the_same(one_batch, tmp_path, train, stage
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_samples_of_one_process(image_shards, world_size):
     def samples(size, rank, batch_size, count):
-        dataset = loader.ImageDataset(str(image_shards / "manifest.json"), 32, flip=True, seed=0)
-        stream = loader.batches(dataset, batch_size, rank=rank, world_size=size)
+        dataset = ImageDataset(str(image_shards / "manifest.json"), 32, flip=True, seed=0)
+        stream = batches(dataset, batch_size, rank=rank, world_size=size)
         return [next(stream) for _ in range(count)]
 
     alone = samples(1, 0, 4, 12)  # more than one epoch of 41
@@ -143,9 +151,9 @@ def test_ranks_share_the_samples_of_one_process(image_shards, world_size):
 # ---------------------------------------------------------------- milestones
 def freeze(folder: Path, stage_values: dict, *overrides: str) -> str:
     """The stage as the workflow freezes it."""
-    stage = config.require(config.load(schema.StageConfig, values=stage_values, overrides=overrides), "test")
+    stage = require(load_config(schema.StageConfig, values=stage_values, overrides=overrides), "test")
     path = folder / "train.yaml"
-    config.write_text(path, yaml.safe_dump(config.OmegaConf.to_container(config.freeze_stage(stage), resolve=True)))
+    write_text(path, yaml.safe_dump(OmegaConf.to_container(freeze_stage(stage), resolve=True)))
     return str(path)
 
 
@@ -339,9 +347,9 @@ def test_captions_are_drawn_at_each_save_by_all_ranks(tmp_path, train, stage_yam
     assert result.codes == [0, 0], result.text
     drawn = {path.stem: Image.open(path).convert("RGB") for path in (tmp_path / RUN / "samples").iterdir()}
     assert sorted(drawn) == ["16", "8"] and {image.size for image in drawn.values()} == {(64, 64)}
-    pipe = sampling.load_pipeline(tmp_path / RUN / "pipeline")
+    pipe = load_pipeline(tmp_path / RUN / "pipeline")
     seed = {"guidance_scale": 5.0, "steps": 2, "seed": 0, "batch_size": 1}
-    expected = list(sampling.generate(pipe, ["a red square", "a small blue circle", "a green circle"], 32, **seed))
+    expected = list(generate(pipe, ["a red square", "a small blue circle", "a green circle"], 32, **seed))
     for i, box in enumerate([(0, 0, 32, 32), (32, 0, 64, 32), (0, 32, 32, 64)]):
         found, wanted = (np.asarray(image, np.int16) for image in (drawn["16"].crop(box), expected[i]))
         assert np.abs(found - wanted).max() <= 2
@@ -352,7 +360,7 @@ def test_captions_may_be_a_column_of_a_table(tmp_path, stage_values):
     """The seed's file was a CSV of uid and caption."""
     (tmp_path / "captions.csv").write_text('uid,caption\n1,"a red, square"\n2,\n3,a circle\n')
     values = {"log_dir": "", "project": "", "name": "", "eval_caption_file": f"{tmp_path}/captions.csv"}
-    experiment = config.load(schema.ExperimentConfig, values=values)
+    experiment = load_config(schema.ExperimentConfig, values=values)
     assert load_script("train").read_captions(experiment) == ["a red, square", "a circle"]
 
 
@@ -374,13 +382,10 @@ def test_low_rank_additions_are_trained_alone_and_exported(by_milestones, tmp_pa
     run = tmp_path / RUN
     assert all("lora" in name for name in part(last_checkpoint(run), "unet"))
     assert not same(weights(base), weights(run / "pipeline"))
-    pipe = sampling.load_pipeline(base)
+    pipe = load_pipeline(base)
     pipe.load_lora_weights(run / "pipeline/lora")
     seed = {"guidance_scale": 2.0, "steps": 2, "seed": 0, "batch_size": 1}
-    pair = [
-        next(sampling.generate(p, ["a red square"], 32, **seed))
-        for p in (pipe, sampling.load_pipeline(run / "pipeline"))
-    ]
+    pair = [next(generate(p, ["a red square"], 32, **seed)) for p in (pipe, load_pipeline(run / "pipeline"))]
     difference = np.abs(np.asarray(pair[0], np.int16) - np.asarray(pair[1], np.int16))
     assert difference.max() <= 2
 
@@ -423,7 +428,7 @@ def test_with_all_captions_dropped_cached_states_do_not_matter(on_latents):
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae"])
 def test_latents_of_another_network_are_refused(tmp_path, train, latents, stage_yaml, text_parts, part):
     other = shutil.copytree(text_parts, tmp_path / "other")
-    config.write_json(f"{other}.json", {"fingerprint": "00000000000000bb"})
+    write_json(f"{other}.json", {"fingerprint": "00000000000000bb"})
     options = ["dataset.type=LatentDataset", f"dataset.params.path={latents['cached']}"]
     result = train(tmp_path, f"config={stage_yaml}", *options, f"model.{part}.pretrained={other}")
     refused(result, f"model.{part}", str(other), "00000000000000bb", "00000000000000aa", str(latents["cached"]))

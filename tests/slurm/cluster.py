@@ -18,7 +18,7 @@ import yaml
 from checkout import ROOT
 from trainings import environment, kill_all
 
-from sdtrain import slurm
+from sdtrain.orchestration import slurm
 
 FILES = Path("/var/tmp/sd-training-slurm")  # cluster.sh's
 NODES = 16

@@ -1,40 +1,23 @@
-"""Lower layers never import upper ones, modules of a layer do not import each other, scripts import no scripts."""
+"""Wings of the library import only wings before them, planning imports no torch, scripts import no scripts."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflow"
-LIBRARY = sorted((WORKFLOW / "sdtrain").glob("[!_]*.py"))
+LIBRARY = sorted((WORKFLOW / "sdtrain").rglob("[!_]*.py"))
 SCRIPTS = sorted((WORKFLOW / "scripts").glob("*.py"))
-LAYERS = (  # a module imports only from the layers before its own
-    {"schema"},
-    {"calls", "config", "dist", "predicates", "slurm", "storage"},
-    {
-        "tables",
-        "tars",
-        "images",
-        "models",
-        "lora",
-        "objective",
-        "ema",
-        "optimizer",
-        "parallel",
-        "checkpoint",
-        "sampling",
-        "telemetry",
-        "plan",
-    },
-    {"shards", "features", "progress", "diffusion", "autoencoder"},
-    {"sources"},
-    {"loader", "identity"},
-    {"evaluation"},
-)
+WINGS = ("errors", "io", "config", "distributed", "models", "data", "training", "evaluation", "orchestration")
+LIGHT = {  # wings that import fewer of those before them, and single modules of others
+    "orchestration": {"errors", "io", "config", "data.predicates"},
+}
 
 
 def imports(file: Path) -> set[str]:
-    """Every module that a file imports anywhere, as dotted names; `from a import b` counts as a and a.b."""
+    """Return every module that a file imports anywhere, as dotted names; `from a import b` counts as a and a.b."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -45,29 +28,64 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def name_of(file: Path) -> str:
+    """Return the dotted name of a module below sdtrain, such as data.tars."""
+    return ".".join(file.relative_to(WORKFLOW / "sdtrain").with_suffix("").parts)
+
+
+NAMES = {name_of(file) for file in LIBRARY}
+
+
 def library_modules(file: Path) -> set[str]:
-    """The modules of sdtrain that a file imports."""
-    names = {module.stem for module in LIBRARY}
-    return {name.split(".")[1] for name in imports(file) if name.startswith("sdtrain.")} & names
+    """Return the modules of sdtrain that a file imports, as dotted names below sdtrain."""
+    return {name.removeprefix("sdtrain.") for name in imports(file)} & NAMES
 
 
-def test_what_is_looked_at_is_there():
-    assert {module for layer in LAYERS for module in layer} == {file.stem for file in LIBRARY}
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules that import themselves, directly or through others."""
+    found = []
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += graph.get(name, ())
+        found += [start] if start in seen else []
+    return found
+
+
+def test_all_wings_are_known():
+    assert {name.partition(".")[0] for name in NAMES} == set(WINGS)
     assert {"train", "sample"} <= {file.stem for file in SCRIPTS}
 
 
 def test_imports_are_seen(tmp_path):
     file = tmp_path / "x.py"
     file.write_text(
-        "from sdtrain import loader as l\ndef f():\n    import sdtrain.models\n    from sdtrain.ema import Ema\n"
+        "from sdtrain.data import stream as s\ndef f():\n    import sdtrain.models.parts\n"
+        "    from sdtrain.training.ema import Ema\n"
     )
-    assert library_modules(file) == {"loader", "models", "ema"}
+    assert library_modules(file) == {"data.stream", "models.parts", "training.ema"}
 
 
-@pytest.mark.parametrize("file", LIBRARY, ids=lambda file: file.stem)
-def test_library_imports_only_what_lies_below(file):
-    (own,) = [i for i, layer in enumerate(LAYERS) if file.stem in layer]
-    assert library_modules(file) <= set().union(*LAYERS[:own])
+@pytest.mark.parametrize("file", LIBRARY, ids=name_of)
+def test_a_wing_imports_only_wings_before_it(file):
+    wing = name_of(file).partition(".")[0]
+    allowed = LIGHT.get(wing, set(WINGS[: WINGS.index(wing)])) | {wing}
+    found = library_modules(file)
+    assert {name for name in found if not {name, name.partition(".")[0]} & allowed} == set()
+
+
+def test_no_module_imports_itself_through_others():
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == ["a", "b"]
+    assert circles({name_of(file): library_modules(file) for file in LIBRARY}) == []
+
+
+@pytest.mark.parametrize("file", [*(WORKFLOW / "sdtrain").glob("*/__init__.py")], ids=lambda file: file.parent.name)
+def test_a_wing_says_what_it_is_for(file):
+    assert "Imports" in ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    assert not imports(file), "an __init__ imports nothing: what is imported is seen where it is used"
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
@@ -77,7 +95,10 @@ def test_scripts_import_no_scripts(file):
     assert not any(name.startswith("scripts") for name in imports(file))
 
 
-def test_configuration_needs_neither_torch_nor_the_rest():
-    heavy = {"torch", "numpy", "diffusers", "transformers", "PIL", "pandas", "pyarrow"}
-    for name in ("config", "schema"):
-        assert not heavy & {name.split(".")[0] for name in imports(WORKFLOW / "sdtrain" / f"{name}.py")}
+def test_planning_needs_no_heavy_package():
+    program = (
+        "import sys\nimport sdtrain.orchestration.plan, sdtrain.orchestration.invocations\n"
+        "print(*({'torch', 'diffusers', 'transformers', 'PIL'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=WORKFLOW, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -8,8 +8,9 @@ from snakemake.logging import logger
 
 LIBRARY = str(Path(workflow.basedir, "workflow"))
 sys.path.insert(0, LIBRARY)
-from sdtrain import calls, config as configuration, slurm
-from sdtrain.plan import Plan
+from sdtrain.config import load as configuration
+from sdtrain.orchestration import invocations, slurm
+from sdtrain.orchestration.plan import Plan
 
 # a prefix of one's own takes the place of Snakemake's strict mode, without which `| tee` hides a failure
 shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; set -euo pipefail; ")
@@ -20,13 +21,13 @@ OVERRIDES = OVERRIDES.split() if isinstance(OVERRIDES, str) else list(OVERRIDES)
 
 if workflow.is_main_process:
     os.environ.pop(configuration.CONFIGS, None)
-    ALONE = calls.enter()
+    ALONE = invocations.enter()
 
 plan = Plan(RUN, OVERRIDES, error=WorkflowError)
 plan.check()
 configuration.pass_on_key(plan.load_run(RUN))
 if workflow.is_main_process:  # jobs plan by what was planned here, whatever is edited while they wait
-    os.environ[configuration.CONFIGS] = str(calls.keep_copy(configuration.folder()))
+    os.environ[configuration.CONFIGS] = str(invocations.keep_copy(configuration.config_folder()))
 
 # What a launch line may say of its job: the counts stand once, in the profile's resources
 COUNTS = (

@@ -23,10 +23,13 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from sdtrain import config as cf
-from sdtrain import schema
-from sdtrain.shards import read_part, sha256_file, write_manifest
-from sdtrain.tars import ShardError, ShardWriter, index_tar
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import fingerprint
+from sdtrain.data.manifest import read_part, write_manifest
+from sdtrain.data.tars import ShardError, ShardWriter, index_tar
+from sdtrain.errors import ConfigError, SDTrainError
+from sdtrain.io.files import sha256_file
 
 CONTENT = "image_size resize_mode samples_per_shard encode_quality encode_format skip_reencode min_image_size".split()
 CONTENT += ["max_aspect_ratio", "columns", "disallowed_header_directives", "options"]  # what decides the bytes
@@ -68,17 +71,17 @@ MEANING = (  # what Python, OpenCV and img2dataset say, and what it means
 LEASH = 'exec 3<&0 </dev/null; (read -r _ <&3; kill -KILL 0) & exec "$@" 3<&-'
 
 
-class BuildError(RuntimeError):
+class BuildError(SDTrainError, RuntimeError):
     """Shards that cannot be built; the message says what failed, why, and the remedy."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = cf.command_line(argv, schema.ShardsConfig, __doc__, selection=None, part="0", parts="1", output=None)
+    config, own = command_line(argv, schema.ShardsConfig, __doc__, selection=None, part="0", parts="1", output=None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `download` ends its child
     try:
         manifest = build(config, own["selection"], *read_part(own["part"], own["parts"]), own["output"])
-    except (cf.ConfigError, ShardError, BuildError) as error:
+    except (ConfigError, ShardError, BuildError) as error:
         raise SystemExit(f"error: {error}") from None
     size = f"{len(manifest['shards'])} shards, {manifest['samples']:,} samples, {manifest['bytes'] / 1e6:.1f} MB"
     print(f"{own['output']}: {size}, {sum(manifest['dropped'].values()):,} dropped")
@@ -100,7 +103,7 @@ def build(config: DictConfig, selection: str, part: int, parts: int, output: str
         rows = Path(output).with_name(f".{Path(output).stem}.rows.tmp")
         write_rows(selection, begin, end, columns, rows)
         made_by = {key: options[key] for key in CONTENT} | {"rows": sha256_file(rows), "part": part, "parts": parts}
-        folder = Path(output).parent / cf.fingerprint(made_by)
+        folder = Path(output).parent / fingerprint(made_by)
         (folder / "download").mkdir(parents=True, exist_ok=True)
         os.replace(rows, folder / "rows.parquet")
         prefix = f"{part:03d}-" if parts > 1 else ""
@@ -128,13 +131,13 @@ def check_selection(selection: str, columns: list[str], saved: list[str]) -> int
         raise BuildError(f"{selection}: no rows; a held-out part needs select.held_out.fraction above 0")
     for name in columns:
         if name in saved and name in RESERVED:
-            raise cf.ConfigError(f"shards.columns: {name} is written by img2dataset itself; take it off the list")
+            raise ConfigError(f"shards.columns: {name} is written by img2dataset itself; take it off the list")
         if name not in file.schema_arrow.names:
             near = difflib.get_close_matches(name, file.schema_arrow.names, 1)
             hint = f"did you mean {near[0]}?" if near else f"columns here: {', '.join(file.schema_arrow.names)}"
-            raise cf.ConfigError(f"shards.columns: {selection} has no column {name}; {hint}")
+            raise ConfigError(f"shards.columns: {selection} has no column {name}; {hint}")
         if "binary" in str(file.schema_arrow.field(name).type):
-            raise cf.ConfigError(f"shards.columns: {name} holds bytes, which JSON cannot; take it off the list")
+            raise ConfigError(f"shards.columns: {name} holds bytes, which JSON cannot; take it off the list")
     return file.metadata.num_rows
 
 
@@ -277,10 +280,10 @@ def img2dataset_options(config: DictConfig) -> dict:
         "disallowed_header_directives": list(config.disallowed_header_directives),
     }
     if config.encode_format == "png" and not 0 <= config.encode_quality <= 9:
-        raise cf.ConfigError("shards.encode_quality: of png it is the compression, from 0 to 9")
+        raise ConfigError("shards.encode_quality: of png it is the compression, from 0 to 9")
     more = OmegaConf.to_container(config.options)
     for name in set(more) - OPTIONS:
-        raise cf.ConfigError(f"shards.options.{name}: {_remedy(name, options)}")
+        raise ConfigError(f"shards.options.{name}: {_remedy(name, options)}")
     options |= more
     return {key: value for key, value in options.items() if value is not None or key in more}
 

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import torch
 
-from sdtrain import config as cf
-from sdtrain import dist, evaluation, features, schema
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest
+from sdtrain.errors import ConfigError
+from sdtrain.evaluation.features import EvaluationError, caption_scores, load_tensors, read_samples, sample_features
+from sdtrain.io.files import write_json
+from sdtrain.models import feature_networks
 
 TEXT_BATCH = 64
 
@@ -21,51 +27,51 @@ TEXT_BATCH = 64
 def main(argv: list[str]) -> None:
     """Run the command."""
     required = dict.fromkeys(("samples", "model", "output"))
-    config, own = cf.command_line(argv, schema.EvaluationConfig, __doc__, **required, features="", text="")
+    config, own = command_line(argv, schema.EvaluationConfig, __doc__, **required, features="", text="")
     try:
         record = measure(config, own)
-    except (cf.ConfigError, features.FeatureError, evaluation.EvaluationError) as error:
+    except (ConfigError, feature_networks.FeatureError, EvaluationError) as error:
         raise SystemExit(f"error: {error}") from None
-    cf.write_json(own["output"], record)
+    write_json(own["output"], record)
     print(f"{own['output']}: {record['metric']} {record['value']:.1f} matched, {record['shuffled']:.1f} shuffled")
 
 
 def measure(config, own: dict[str, str]) -> dict:
     """The record of the score with matched and with shuffled captions."""
-    samples = evaluation.read_samples(own["samples"])
+    samples = read_samples(own["samples"])
     about, network, embed_text, score = open_alignment(own) if own["model"].endswith(".safetensors") else open_clip(own)
-    images = evaluation.sample_features(network, samples, "generated images")
+    images = sample_features(network, samples, "generated images")
     texts = embed_text(samples["prompts"])
-    scores = evaluation.caption_scores(score, images, texts, samples["prompts"], config.seed)
-    return {**about, **scores, "images": len(images), "resolution": samples["resolution"], "code": cf.code_digest()}
+    scores = caption_scores(score, images, texts, samples["prompts"], config.seed)
+    return {**about, **scores, "images": len(images), "resolution": samples["resolution"], "code": code_digest()}
 
 
 def open_clip(own: dict[str, str]):
     """Name, image network, text network and pairwise score of a CLIP model."""
-    scorer = features.ClipScorer(own["model"], dist.only_device())
+    scorer = feature_networks.ClipScorer(own["model"], distributed.only_device())
 
     def embed_text(captions: list[str]) -> torch.Tensor:
         batches = [captions[i : i + TEXT_BATCH] for i in range(0, len(captions), TEXT_BATCH)]
         return torch.cat([scorer.text_embeds(batch).cpu() for batch in batches])
 
-    return {"metric": scorer.name}, scorer.image_embeds, embed_text, features.clip_score
+    return {"metric": scorer.name}, scorer.image_embeds, embed_text, feature_networks.clip_score
 
 
 def open_alignment(own: dict[str, str]):
     """The same of a fitted alignment, with its scores on real held-out images."""
-    alignment = features.LinearAlignment.load(own["model"])
-    _, about = evaluation.load_tensors(own["model"])
+    alignment = feature_networks.LinearAlignment.load(own["model"])
+    _, about = load_tensors(own["model"])
     if not (own["features"] and own["text"]):
-        raise evaluation.EvaluationError(f"{own['model']}: a fitted alignment needs features=… and text=… folders")
-    network = features.image_features(own["features"], dist.only_device())
+        raise EvaluationError(f"{own['model']}: a fitted alignment needs features=… and text=… folders")
+    network = feature_networks.image_features(own["features"], distributed.only_device())
     for key, fitted, given in (
         ("features", alignment.image_network, network.name),
         ("text", alignment.text_encoder, Path(own["text"]).name),
     ):
         if fitted != given:
-            raise evaluation.EvaluationError(f"{own['model']}: fitted with {fitted}, but {key}={own[key]} is {given}")
+            raise EvaluationError(f"{own['model']}: fitted with {fitted}, but {key}={own[key]} is {given}")
     facts = {"metric": alignment.name, "real": json.loads(about.get("held_out", "null"))}
-    return facts, network, lambda captions: features.text_embeddings(own["text"], captions), alignment.score
+    return facts, network, lambda captions: feature_networks.text_embeddings(own["text"], captions), alignment.score
 
 
 if __name__ == "__main__":

@@ -20,14 +20,18 @@ from urllib.parse import unquote, urlsplit
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from sdtrain import config, schema
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest, fingerprint
+from sdtrain.errors import SDTrainError
+from sdtrain.io.files import write_json
 
 RECORD = ".snapshot.json"  # inside the snapshot: says that it is whole, and of which slice
 TRIES = 4  # attempts at a URL, each going on where the last one broke off
 CHUNK = 1 << 20  # bytes
 
 
-class ComponentError(RuntimeError):
+class ComponentError(SDTrainError, RuntimeError):
     """A component that cannot be had; the message says what, where and the remedy."""
 
 
@@ -57,7 +61,7 @@ def from_folder(component: DictConfig, folder: Path, timeout: float) -> str:
     """Copy a local folder; the version is a digest of what was in it."""
     found = local_files(component)
     copy(chosen(found, component.patterns, component.path), folder)
-    return config.fingerprint({name: sha256(path) for name, path in found.items()})
+    return fingerprint({name: sha256(path) for name, path in found.items()})
 
 
 def from_url(component: DictConfig, folder: Path, timeout: float) -> str:
@@ -132,9 +136,9 @@ def make_snapshot(component: DictConfig, name: str, output: Path, timeout: float
             f"source: {component.source}: this command does not train; the rule train_autoencoder does"
         )
     folder = output.with_suffix("")
-    mark = config.fingerprint({k: v for k, v in OmegaConf.to_container(component).items() if k != "train"})
+    mark = fingerprint({k: v for k, v in OmegaConf.to_container(component).items() if k != "train"})
     if component.source == "folder":
-        mark = config.fingerprint(mark, {file: sha256(path) for file, path in local_files(component).items()})
+        mark = fingerprint(mark, {file: sha256(path) for file, path in local_files(component).items()})
     record = whole(folder, mark)
     if record is not None:
         return record
@@ -151,9 +155,9 @@ def make_snapshot(component: DictConfig, name: str, output: Path, timeout: float
             "version": version,
             "files": describe(aside),
             "fingerprint": mark,
-            "code": config.code_digest(),
+            "code": code_digest(),
         }
-        config.write_json(aside / RECORD, record)
+        write_json(aside / RECORD, record)
         replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -183,7 +187,7 @@ def apply_settings(folder: Path, settings: dict) -> None:
             raise ComponentError(f"settings: {name}: the component has no such file")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            config.write_json(path, {**content, **values})
+            write_json(path, {**content, **values})
         except (ValueError, TypeError) as error:
             raise ComponentError(
                 f"settings: {name}: a JSON object and a mapping of its keys are expected ({error})"
@@ -308,12 +312,10 @@ def transfer(url: str, target: Path, timeout: float) -> None:
 
 
 def main() -> None:
-    component, own = config.command_line(
-        sys.argv, schema.ComponentConfig, __doc__, name=None, output=None, timeout="30"
-    )
+    component, own = command_line(sys.argv, schema.ComponentConfig, __doc__, name=None, output=None, timeout="30")
     try:
         record = make_snapshot(component, own["name"], Path(own["output"]), float(own["timeout"]))
-        config.write_json(own["output"], record)
+        write_json(own["output"], record)
     except (ComponentError, OSError, ValueError) as error:
         raise SystemExit(f"error: component {own['name']}: {error}") from None
     size = sum(f["bytes"] for f in record["files"].values())

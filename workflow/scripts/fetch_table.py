@@ -19,10 +19,13 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from sdtrain import config as cf
-from sdtrain import schema, storage
-from sdtrain.shards import sha256_file
-from sdtrain.tables import ParquetFile, Table, TableError
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import fingerprint
+from sdtrain.data.tables import ParquetFile, Table, TableError
+from sdtrain.errors import ConfigError, SDTrainError
+from sdtrain.io import storage
+from sdtrain.io.files import sha256_file
 
 TIMEOUT = 30  # seconds without an answer
 SCHEME = "^[A-Za-z][A-Za-z0-9+.-]+:"  # how a URL begins
@@ -30,17 +33,17 @@ NPM_TIMEOUT = 600  # seconds for a whole package
 NPM_OPTIONS = ["--fetch-retries=2", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000"]
 
 
-class FetchError(RuntimeError):
+class FetchError(SDTrainError, RuntimeError):
     """A table that cannot be fetched; the message says what, from where, and the remedy."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = cf.command_line(argv, schema.TableConfig, __doc__, output=None)
+    config, own = command_line(argv, schema.TableConfig, __doc__, output=None)
     output = Path(own["output"])
     try:
         rows = fetch(config, output)
-    except (cf.ConfigError, TableError, FetchError) as error:
+    except (ConfigError, TableError, FetchError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{output}: {rows:,} rows")
 
@@ -49,7 +52,7 @@ def fetch(config: DictConfig, output: Path) -> int:
     """Write the table that `config` describes to `output`; returns its rows."""
     kinds = {"files": fetch_files, "hub": fetch_hub, "emoji": fetch_emoji}
     if config.kind not in kinds:
-        raise cf.ConfigError(f"table.kind: {config.kind!r} is not one of {', '.join(kinds)}")
+        raise ConfigError(f"table.kind: {config.kind!r} is not one of {', '.join(kinds)}")
     return kinds[config.kind](config, output)
 
 
@@ -57,13 +60,13 @@ def fetch(config: DictConfig, output: Path) -> int:
 def fetch_files(config: DictConfig, output: Path) -> int:
     """Tables on disk or on S3, or behind http(s) URLs, which are kept beside `output`. Returns the rows written."""
     if not config.path:
-        raise cf.ConfigError("table.path: missing; with kind: files it is a file, a folder, a glob or a URL")
+        raise ConfigError("table.path: missing; with kind: files it is a file, a folder, a glob or a URL")
     addresses: list[str] = [config.path]
     if config.sha256 or config.path.startswith(("http://", "https://")):
         addresses = [download(address, output.parent / "tables") for address in expand(config.path)]
     if config.sha256:
         if len(addresses) > 1:
-            raise cf.ConfigError(f"table.sha256: it is of a single file, and {config.path} names {len(addresses)}")
+            raise ConfigError(f"table.sha256: it is of a single file, and {config.path} names {len(addresses)}")
         check_sha256(Path(addresses[0]), config.sha256)
     return write_table(Table(addresses if len(addresses) > 1 else addresses[0], config.columns), output)
 
@@ -82,10 +85,10 @@ def fetch_hub(config: DictConfig, output: Path) -> int:
     from huggingface_hub import HfApi, snapshot_download
 
     if not config.repo or not re.fullmatch("[0-9a-f]{40}", config.revision or ""):
-        raise cf.ConfigError("table.repo, table.revision: with kind: hub, owner/name and a commit of 40 hex digits")
+        raise ConfigError("table.repo, table.revision: with kind: hub, owner/name and a commit of 40 hex digits")
     pinned = {"repo_id": config.repo, "repo_type": "dataset", "revision": config.revision}
     patterns = list(config.patterns)
-    folder = output.parent / "tables" / cf.fingerprint(pinned, patterns)
+    folder = output.parent / "tables" / fingerprint(pinned, patterns)
     try:
         HfApi().repo_info(
             **pinned, timeout=TIMEOUT
@@ -138,7 +141,7 @@ def download(address: str, folder: Path) -> str:
     """Fetch an address's file into a folder of its own in `folder`, unless it is there; a local one stays. Its path."""
     if storage.is_local(address):
         return address
-    target = folder / cf.fingerprint(address) / Path(urllib.parse.unquote(address.partition("?")[0])).name
+    target = folder / fingerprint(address) / Path(urllib.parse.unquote(address.partition("?")[0])).name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.tmp")
@@ -168,7 +171,7 @@ def fetch_emoji(config: DictConfig, output: Path) -> int:
     """Images of one npm package joined with the labels of another by hex code. Returns the rows written."""
     for key in ("images", "captions"):
         if config[key] is None:
-            raise cf.ConfigError(f"table.{key}: missing; with kind: emoji it is name, version and sha256 of a package")
+            raise ConfigError(f"table.{key}: missing; with kind: emoji it is name, version and sha256 of a package")
     packages = output.parent / "packages"
     images = extract_images(npm_pack(config.images, packages), output.parent / "images" / config.images.sha256[:16])
     rows = list(emoji_rows(*read_captions(npm_pack(config.captions, packages)), images))

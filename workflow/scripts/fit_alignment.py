@@ -9,38 +9,50 @@ import json
 import sys
 from pathlib import Path
 
-from sdtrain import config as cf
-from sdtrain import dist, evaluation, features, loader, tars
+from sdtrain import distributed
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest
+from sdtrain.data import tars
+from sdtrain.data.stream import DataError, ImageDataset
+from sdtrain.evaluation.features import (
+    EvaluationError,
+    caption_scores,
+    dataset_features,
+    load_tensors,
+    positive,
+    save_tensors,
+)
+from sdtrain.models import feature_networks
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("features", "text", "manifest", "held_out", "output")
-    _, own = cf.command_line(argv, None, __doc__, **dict.fromkeys(keys), resolution="128")
+    _, own = command_line(argv, None, __doc__, **dict.fromkeys(keys), resolution="128")
     try:
         fit(own)
-    except (tars.ShardError, loader.DataError, features.FeatureError, evaluation.EvaluationError) as error:
+    except (tars.ShardError, DataError, feature_networks.FeatureError, EvaluationError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def fit(own: dict[str, str]) -> None:
     """Write the alignment; the metadata tell how well it does on the held-out images."""
-    network, output = features.image_features(own["features"], dist.only_device()), Path(own["output"])
-    resolution = evaluation.positive(own["resolution"], "resolution")
+    network, output = feature_networks.image_features(own["features"], distributed.only_device()), Path(own["output"])
+    resolution = positive(own["resolution"], "resolution")
 
     def embed(manifest: str, label: str):
-        dataset = loader.ImageDataset(manifest, resolution)
-        images, captions = evaluation.dataset_features(network, dataset, len(dataset), label)
-        return images, features.text_embeddings(own["text"], captions), captions
+        dataset = ImageDataset(manifest, resolution)
+        images, captions = dataset_features(network, dataset, len(dataset), label)
+        return images, feature_networks.text_embeddings(own["text"], captions), captions
 
     images, texts, _ = embed(own["manifest"], "training images")
     held_out = embed(own["held_out"], "held-out images")
-    alignment = features.LinearAlignment.fit(images, texts, network.name, Path(own["text"]).name)
-    record = evaluation.caption_scores(alignment.score, *held_out, seed=0)
+    alignment = feature_networks.LinearAlignment.fit(images, texts, network.name, Path(own["text"]).name)
+    record = caption_scores(alignment.score, *held_out, seed=0)
     record |= {"images": len(held_out[0]), "retrieval": alignment.retrieval(*held_out[:2]), "resolution": resolution}
     alignment.save(output)
-    tensors, about = evaluation.load_tensors(output)
-    evaluation.save_tensors(output, tensors, about | {"held_out": json.dumps(record), "code": cf.code_digest()})
+    tensors, about = load_tensors(output)
+    save_tensors(output, tensors, about | {"held_out": json.dumps(record), "code": code_digest()})
     print(
         f"{output}: {alignment.name}, fitted on {len(images):,} images; on {record['images']:,} held-out ones R@1 "
         f"{record['retrieval']:.2f}, score {record['value']:.1f} matched, {record['shuffled']:.1f} shuffled"

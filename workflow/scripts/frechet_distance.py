@@ -5,37 +5,51 @@ from __future__ import annotations
 import json
 import sys
 
-from sdtrain import config as cf
-from sdtrain import dist, evaluation, features
+from sdtrain import distributed
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest
+from sdtrain.errors import ConfigError
+from sdtrain.evaluation.features import (
+    EvaluationError,
+    kernel_distance,
+    load_tensors,
+    read_samples,
+    remake,
+    sample_features,
+)
+from sdtrain.io.files import write_json
+from sdtrain.models import feature_networks
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("samples", "reference", "features", "output")
-    _, own = cf.command_line(argv, None, __doc__, **dict.fromkeys(keys))
+    _, own = command_line(argv, None, __doc__, **dict.fromkeys(keys))
     try:
         record = measure(own)
-    except (cf.ConfigError, features.FeatureError, evaluation.EvaluationError) as error:
+    except (ConfigError, feature_networks.FeatureError, EvaluationError) as error:
         raise SystemExit(f"error: {error}") from None
-    cf.write_json(own["output"], record)
+    write_json(own["output"], record)
     about = f"{record['metric']} {record['value']:.1f}, floor {record['floor']:.1f}"
     print(f"{own['output']}: {about} ({record['images']:,} images)")
 
 
 def measure(own: dict[str, str]) -> dict:
     """The record of both distances; raises where samples and reference differ in resolution or network."""
-    samples = evaluation.read_samples(own["samples"])
-    tensors, about = evaluation.load_tensors(own["reference"], "mean", "covariance", "features")
+    samples = read_samples(own["samples"])
+    tensors, about = load_tensors(own["reference"], "mean", "covariance", "features")
     reference = json.loads(about.get("record", "{}"))
-    network = features.image_features(own["features"], dist.only_device())
+    network = feature_networks.image_features(own["features"], distributed.only_device())
     for key, value in (("network", network.name), ("resolution", samples["resolution"])):
         if reference.get(key) != value:
-            raise evaluation.EvaluationError(
+            raise EvaluationError(
                 f"{own['reference']}: {key} is {reference.get(key)!r} and the samples' is {value!r}: they cannot be "
-                f"compared; {evaluation.remake(own['reference'])}"
+                f"compared; {remake(own['reference'])}"
             )
-    made = evaluation.sample_features(network, samples, "generated images")
-    value = features.frechet_distance(*features.statistics(made), tensors["mean"], tensors["covariance"])
+    made = sample_features(network, samples, "generated images")
+    value = feature_networks.frechet_distance(
+        *feature_networks.statistics(made), tensors["mean"], tensors["covariance"]
+    )
     kernel = "KID" if network.metric == "FID" else network.metric.replace("Frechet", "kernel")
     return {
         "metric": network.metric,
@@ -47,10 +61,10 @@ def measure(own: dict[str, str]) -> dict:
         "resolution": samples["resolution"],
         "kernel": {
             "metric": kernel,
-            "value": evaluation.kernel_distance(made, tensors["features"]),
+            "value": kernel_distance(made, tensors["features"]),
             "floor": reference["kernel_floor"],
         },
-        "code": cf.code_digest(),
+        "code": code_digest(),
     }
 
 

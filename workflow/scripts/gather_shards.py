@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from sdtrain import config as cf
-from sdtrain.shards import gather_manifests, read_part
-from sdtrain.tars import ShardError
+from sdtrain.config.cli import command_line
+from sdtrain.data.manifest import gather_manifests, read_part
+from sdtrain.data.tars import ShardError
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    _, own = cf.command_line(argv, None, __doc__, folder=None, parts="1", output=None)
+    _, own = command_line(argv, None, __doc__, folder=None, parts="1", output=None)
     try:
         _, parts = read_part("0", own["parts"])
         paths = [f"{own['folder']}/{part}-of-{parts}.json" for part in range(parts)]

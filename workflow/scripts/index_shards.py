@@ -7,19 +7,21 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sdtrain import config as cf
-from sdtrain import schema
-from sdtrain.shards import find_shards, move_rows, read_part, write_manifest, write_rows
-from sdtrain.tars import ShardError
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.load import check_existing
+from sdtrain.data.manifest import find_shards, move_rows, read_part, write_manifest, write_rows
+from sdtrain.data.tars import ShardError
+from sdtrain.errors import ConfigError
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     defaults = {"split": "train", "part": "0", "parts": "1", "output": None}
-    config, own = cf.command_line(argv, schema.ExistingShardsConfig, __doc__, **defaults)
+    config, own = command_line(argv, schema.ExistingShardsConfig, __doc__, **defaults)
     try:
         manifest = index(config, own["split"], *read_part(own["part"], own["parts"]), own["output"])
-    except (cf.ConfigError, ShardError, OSError) as error:
+    except (ConfigError, ShardError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     size = f"{len(manifest['shards']):,} shards, {manifest['samples']:,} samples, {manifest['bytes'] / 1e6:,.1f} MB"
     print(f"{own['output']}: {size}")
@@ -31,7 +33,7 @@ def index(config: DictConfig, split: str, part: int, parts: int, output: str) ->
     Raises ConfigError for what cannot be chosen of shards, ShardError for a split without shards and for a shard that
     is not whole.
     """
-    cf.check_existing(config.select)
+    check_existing(config.select)
     path = config.path if split == "train" else config.held_out_path
     if not path:
         raise ShardError(

@@ -29,7 +29,17 @@ from safetensors.torch import load, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdtrain import config, dist, images, models, schema, shards, storage, tars
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import fingerprint, record_fingerprint
+from sdtrain.config.load import load_config
+from sdtrain.data import images, tars
+from sdtrain.data.manifest import read_manifest, write_manifest
+from sdtrain.errors import ConfigError
+from sdtrain.io import storage
+from sdtrain.io.files import read_json, sha256_file, write_json
+from sdtrain.models.parts import ModelError, TextEncoding, check_length, decode_latents, encode_moments, load_part
 
 CROP, NOISE = 0, 1  # uses of a sample's randomness: each a function of (seed, use, shard, sample) and of nothing else
 LOOKED_AT = (8, 128)  # shards, and samples of each, whose mean and deviation are measured
@@ -117,13 +127,13 @@ class Encoder:
         self.settings, self.device = settings, device
         self.together = 1 if device.type == "cpu" else settings.batch_size
         parts = {"vae": vae_folder, "text_encoder": text_folder, "tokenizer": text_folder}
-        model = config.load(schema.ModelConfig, values={k: {"pretrained": v} for k, v in parts.items()})
-        self.vae = models.load_part("vae", model).to(device)
+        model = load_config(schema.ModelConfig, values={k: {"pretrained": v} for k, v in parts.items()})
+        self.vae = load_part("vae", model).to(device)
         self.text = None
         if text_folder:
-            tokenizer, encoder = models.load_part("tokenizer", model), models.load_part("text_encoder", model)
-            models.check_length(tokenizer, encoder)
-            self.text = models.TextEncoding(tokenizer, encoder.to(device), device, cache=0)
+            tokenizer, encoder = load_part("tokenizer", model), load_part("text_encoder", model)
+            check_length(tokenizer, encoder)
+            self.text = TextEncoding(tokenizer, encoder.to(device), device, cache=0)
 
     def samples(self, batch: Batch) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The key and the members of each sample of a batch."""
@@ -143,7 +153,7 @@ class Encoder:
     def latents(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What `posterior` asks for, float16 N x C x h x w."""
         pixels = batch.tensors["pixels"].to(self.device).split(self.together)
-        mean, std = (torch.cat(m) for m in zip(*(models.encode_moments(self.vae, p) for p in pixels), strict=True))
+        mean, std = (torch.cat(m) for m in zip(*(encode_moments(self.vae, p) for p in pixels), strict=True))
         if self.settings.posterior == "moments":
             return {"mean": mean.half().cpu(), "std": std.half().cpu()}
         if self.settings.posterior == "sample":
@@ -166,7 +176,7 @@ def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
 def is_finished(folder: Path, number: int) -> bool:
     """Whether a shard is finished; one of which no image could be encoded has a record and no tar."""
     tar, record = shard_paths(folder, number)
-    return record.exists() and (tar.exists() or not config.read_json(record)["samples"])
+    return record.exists() and (tar.exists() or not read_json(record)["samples"])
 
 
 def encode_shards(source: dict, numbers: list[int], folder: Path, dataset: Images, encoder: Encoder, here) -> None:
@@ -209,7 +219,7 @@ def write_shard(folder: Path, number: int, batches: Iterable[Batch], encoder: En
                 bar.update(len(batch.keys) + batch.dropped.total())
         if samples:
             os.replace(writer.paths[0], tar)
-    config.write_json(record, {"samples": samples, "dropped": dict(sorted(dropped.items()))})
+    write_json(record, {"samples": samples, "dropped": dict(sorted(dropped.items()))})
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -243,7 +253,7 @@ def draw(tensors: dict[str, torch.Tensor], rng: torch.Generator) -> torch.Tensor
 def compare(tar: Path, pixels: torch.Tensor, encoder: Encoder, output: Path) -> float:
     """Decode the first latents of a tar; the image and what came of it go side by side to `output`. PSNR in dB."""
     latents = draw(load(tars.index_tar(tar)[0].read("latent")), torch.Generator().manual_seed(0))
-    decoded = models.decode_latents(encoder.vae, latents[None].to(encoder.device))[0].cpu()
+    decoded = decode_latents(encoder.vae, latents[None].to(encoder.device))[0].cpu()
     both = (torch.cat([pixels, decoded], dim=2) + 1) * 127.5
     png = io.BytesIO()
     Image.fromarray(both.round().byte().permute(1, 2, 0).numpy()).save(png, "PNG")
@@ -270,8 +280,8 @@ def precompute(
     settings, vae: str, text_encoder: str | None, resolution: int, manifest: str, output: Path
 ) -> dict | None:
     """Encode this rank's shards that are not there yet; the main rank then writes the manifest and returns it."""
-    here = dist.world()
-    source = shards.read_manifest(manifest)
+    here = distributed.world()
+    source = read_manifest(manifest)
     made_by = {
         "images": source["fingerprint"],
         "vae": identity(vae),
@@ -281,13 +291,13 @@ def precompute(
         "seed": settings.seed if settings.crop == "random" or settings.posterior == "sample" else None,
         "text_encoder": identity(text_encoder) if text_encoder else None,
     }
-    folder = output.parent / config.fingerprint(made_by)
+    folder = output.parent / fingerprint(made_by)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(len(source["shards"]))
     missing = [n for n in numbers[here.rank :: here.size] if not is_finished(folder, n)]
     if not missing and not here.main:
         return None
-    encoder = Encoder(vae, text_encoder, settings, dist.own_device(here))
+    encoder = Encoder(vae, text_encoder, settings, distributed.own_device(here))
     dataset = Images(resolution, settings.crop, settings.seed)
     encode_shards(source, missing, folder, dataset, encoder, here)
     if not here.main:
@@ -299,8 +309,8 @@ def precompute(
 def identity(folder: str) -> str:
     """The fingerprint in a component's record; of a folder that has none, one of its files."""
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
-    return config.record_fingerprint(f"{folder}.json") or config.fingerprint(
-        [(str(p.relative_to(folder)), shards.sha256_file(p)) for p in files]
+    return record_fingerprint(f"{folder}.json") or fingerprint(
+        [(str(p.relative_to(folder)), sha256_file(p)) for p in files]
     )
 
 
@@ -315,7 +325,7 @@ def wait_for(folder: Path, numbers: Iterable[int]) -> None:
 
 def finish(source: dict, manifest: str, folder: Path, dataset: Images, encoder: Encoder, made_by, output: Path) -> dict:
     """Check what was made, write the manifest, and take away what killed jobs have left."""
-    records = {n: config.read_json(shard_paths(folder, n)[1]) for n in range(len(source["shards"]))}
+    records = {n: read_json(shard_paths(folder, n)[1]) for n in range(len(source["shards"]))}
     samples = sum(r["samples"] for r in records.values())
     dropped = sum((Counter(r["dropped"]) for r in records.values()), Counter())
     if not samples:
@@ -338,7 +348,7 @@ def finish(source: dict, manifest: str, folder: Path, dataset: Images, encoder: 
         more["empty_text"] = os.path.relpath(empty, output.parent)
     asides = (f.parent.glob(f".{f.name}.*.tmp") for f in (output, picture))
     remove(itertools.chain(folder.glob(".*"), *asides))
-    return shards.write_manifest(output, "latents", made, dict(sorted(dropped.items())), made_by, **more)
+    return write_manifest(output, "latents", made, dict(sorted(dropped.items())), made_by, **more)
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -360,13 +370,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = {"vae": None, "text_encoder": "", "resolution": None, "images": None, "output": None}
-    settings, own = config.command_line(argv, schema.LatentsConfig, __doc__, **keys)
-    here, output = dist.world(), Path(own["output"])
+    settings, own = command_line(argv, schema.LatentsConfig, __doc__, **keys)
+    here, output = distributed.world(), Path(own["output"])
     component = f"resources/components/{settings.text_encoder}" if settings.text_encoder else None
-    expected = (config.ConfigError, models.ModelError, tars.ShardError, storage.StorageError)
+    expected = (ConfigError, ModelError, tars.ShardError, storage.StorageError)
     try:
         if not own["resolution"].isdigit():
-            raise config.ConfigError(f"resolution={own['resolution']}: a number of pixels is expected")
+            raise ConfigError(f"resolution={own['resolution']}: a number of pixels is expected")
         text = own["text_encoder"] or component
         manifest = precompute(settings, own["vae"], text, int(own["resolution"]), own["images"], output)
     except expected as error:

@@ -8,55 +8,63 @@ from __future__ import annotations
 import json
 import sys
 
-from sdtrain import config as cf
-from sdtrain import dist, evaluation, features, loader, predicates, schema, tars
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest
+from sdtrain.config.load import held_out_dataset, load_config, require
+from sdtrain.data import predicates, tars
+from sdtrain.data.stream import DataError, ImageDataset, open_dataset
+from sdtrain.errors import ConfigError
+from sdtrain.evaluation.features import EvaluationError, dataset_features, kernel_distance, positive, save_tensors
+from sdtrain.models import feature_networks
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("train_manifest", "held_out_manifest", "resolution", "features", "filters_from", "output")
-    config, own = cf.command_line(argv, schema.EvaluationConfig, __doc__, **dict.fromkeys(keys))
-    expected = (cf.ConfigError, predicates.PredicateError, tars.ShardError, loader.DataError)
+    config, own = command_line(argv, schema.EvaluationConfig, __doc__, **dict.fromkeys(keys))
+    expected = (ConfigError, predicates.PredicateError, tars.ShardError, DataError)
     try:
         measure(config, own)
-    except (*expected, features.FeatureError, evaluation.EvaluationError) as error:
+    except (*expected, feature_networks.FeatureError, EvaluationError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def measure(config, own: dict[str, str]) -> None:
     """Write mean, covariance and features of the held-out images; the floor and the counts are in the metadata."""
-    resolution = evaluation.positive(own["resolution"], "resolution")
-    stage = cf.require(cf.load(schema.StageConfig, own["filters_from"]), own["filters_from"]).dataset
-    network = features.image_features(own["features"], dist.only_device())
+    resolution = positive(own["resolution"], "resolution")
+    stage = require(load_config(schema.StageConfig, own["filters_from"]), own["filters_from"]).dataset
+    network = feature_networks.image_features(own["features"], distributed.only_device())
     held_out = open_images(own["held_out_manifest"], stage, resolution, config.seed)
     train = open_images(own["train_manifest"], stage, resolution, config.seed)
-    real, _ = evaluation.dataset_features(network, held_out, len(held_out), "held-out images")
-    seen, _ = evaluation.dataset_features(network, train, config.num_images, "training images")
-    mean, covariance = features.statistics(real)
+    real, _ = dataset_features(network, held_out, len(held_out), "held-out images")
+    seen, _ = dataset_features(network, train, config.num_images, "training images")
+    mean, covariance = feature_networks.statistics(real)
     record = {
         "network": network.name,
         "metric": network.metric,
         "resolution": resolution,
         "images": len(real),
-        "floor": features.frechet_distance(*features.statistics(seen), mean, covariance),
-        "kernel_floor": evaluation.kernel_distance(seen, real),
+        "floor": feature_networks.frechet_distance(*feature_networks.statistics(seen), mean, covariance),
+        "kernel_floor": kernel_distance(seen, real),
         "floor_images": len(seen),
         "dropped": {"held_out": held_out.dropped, "train": train.dropped},
-        "code": cf.code_digest(),
+        "code": code_digest(),
     }
     tensors = {"mean": mean, "covariance": covariance, "features": real}
-    evaluation.save_tensors(own["output"], tensors, {"record": json.dumps(record)})
+    save_tensors(own["output"], tensors, {"record": json.dumps(record)})
     print(
         f"{own['output']}: {len(real):,} held-out images at {resolution} px; floor {record['floor']:.1f} "
         f"({len(seen):,} training images)"
     )
 
 
-def open_images(path: str, dataset, resolution: int, seed: int) -> loader.ImageDataset:
+def open_images(path: str, dataset, resolution: int, seed: int) -> ImageDataset:
     """The images that the filters of a stage's `dataset` section let through, cut at the centre, not mirrored."""
-    dataset = cf.held_out_dataset(dataset, path)
+    dataset = held_out_dataset(dataset, path)
     dataset.params.update(resolution=resolution, crop="center")
-    return loader.open_dataset(dataset, seed)
+    return open_dataset(dataset, seed)
 
 
 if __name__ == "__main__":

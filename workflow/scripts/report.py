@@ -19,8 +19,15 @@ import jinja2
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sdtrain import config as cf
-from sdtrain import evaluation, images, schema, shards, tables, tars
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest, fingerprint
+from sdtrain.config.load import load_config, require
+from sdtrain.data import images, tables, tars
+from sdtrain.data.manifest import read_manifest
+from sdtrain.errors import ConfigError
+from sdtrain.evaluation.features import EvaluationError, read_record, read_samples
+from sdtrain.io.files import read_json, write_json, write_text
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "report" / "report.html"
 TILE = 256  # pixels a side at most, of an image in the report
@@ -33,18 +40,18 @@ TRAINED += ("code", "versions")
 def main(argv: list[str]) -> None:
     """Run the command."""
     required = dict.fromkeys(("run", "rows", "output", "html", "text"))
-    _, own = cf.command_line(argv, None, __doc__, **required, folder="", data="")
+    _, own = command_line(argv, None, __doc__, **required, folder="", data="")
     folder = Path(own["folder"] or f"results/runs/{own['run']}")
     try:
         rows = [read_row(folder, name) for name in own["rows"].split(",")]
         metrics = summary(own["run"], folder, rows)
         page = render(metrics, folder, rows, Path(own["data"]) if own["data"] else None)
-    except (cf.ConfigError, evaluation.EvaluationError, tars.ShardError, OSError) as error:
+    except (ConfigError, EvaluationError, tars.ShardError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     text = f"{terminal_table(metrics['rows'])}\n\n{own['html']}\n"
-    cf.write_text(own["html"], page)
-    cf.write_text(own["text"], text)
-    cf.write_json(own["output"], metrics)
+    write_text(own["html"], page)
+    write_text(own["text"], text)
+    write_json(own["output"], metrics)
     print(text, end="")
 
 
@@ -53,16 +60,16 @@ def read_row(folder: Path, name: str) -> dict:
     """The records of a milestone, such as stage1/32000; the score of captions is None where it was not asked for."""
     stage, _, images = name.partition("/")
     if not stage or not images.isdigit():
-        raise evaluation.EvaluationError(f"rows={name}: stage/images is expected, such as stage1/32000")
+        raise EvaluationError(f"rows={name}: stage/images is expected, such as stage1/32000")
     beside = folder / stage / images
-    config = cf.require(cf.load(schema.StageConfig, folder / stage / "config" / "train.yaml"), name)
+    config = require(load_config(schema.StageConfig, folder / stage / "config" / "train.yaml"), name)
     return {
         "stage": stage,
         "config": config,
-        "train": evaluation.read_record(beside / "train.json", *TRAINED),
-        "samples": evaluation.read_samples(beside / "samples.json"),
-        "distance": evaluation.read_record(beside / "frechet_distance.json", "metric", "value", "floor", "kernel"),
-        "score": evaluation.read_record(beside / "clip_score.json", "metric", "value", "shuffled")
+        "train": read_record(beside / "train.json", *TRAINED),
+        "samples": read_samples(beside / "samples.json"),
+        "distance": read_record(beside / "frechet_distance.json", "metric", "value", "floor", "kernel"),
+        "score": read_record(beside / "clip_score.json", "metric", "value", "shuffled")
         if (beside / "clip_score.json").exists()
         else None,
     }
@@ -86,8 +93,8 @@ def summary(run: str, folder: Path, rows: list[dict]) -> dict:
     return {
         "run": run,
         "rows": [row_metrics(folder, row) for row in rows],
-        "fingerprint": cf.fingerprint([row["train"]["fingerprint"] for row in rows]),
-        "code": cf.code_digest(),
+        "fingerprint": fingerprint([row["train"]["fingerprint"] for row in rows]),
+        "code": code_digest(),
         "versions": rows[-1]["train"]["versions"],
     }
 
@@ -161,7 +168,7 @@ def render(metrics: dict, folder: Path, rows: list[dict], data: Path | None) -> 
         real=real_rows(metrics["rows"]),
         grids=grids(rows, data),
         trainings=[training(folder, row) for row in stages.values() if row["train"]["images"]],
-        yields=cf.read_json(data / "yields.json") if data and (data / "yields.json").exists() else None,
+        yields=read_json(data / "yields.json") if data and (data / "yields.json").exists() else None,
         configs={f"{stage}: training": show_config(row["config"]) for stage, row in stages.items()}
         | ({"evaluation": evaluate.read_text(encoding="utf-8")} if evaluate.exists() else {}),
     )
@@ -224,7 +231,7 @@ def cut(grid: dict, resolution: int) -> dict[str, str]:
     try:
         sheet = Image.open(grid["image"]).convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise evaluation.EvaluationError(f"{grid['image']}: not a readable image ({error}); sample again") from None
+        raise EvaluationError(f"{grid['image']}: not a readable image ({error}); sample again") from None
     places = [divmod(i, grid["columns"]) for i in range(len(grid["prompts"]))]
     boxes = [(x * resolution, y * resolution, (x + 1) * resolution, (y + 1) * resolution) for y, x in places]
     return {prompt: data_uri(sheet.crop(box)) for prompt, box in zip(grid["prompts"], boxes, strict=True)}
@@ -243,7 +250,7 @@ def real_images(data: Path, captions: set[str], resolution: int) -> dict[str, st
     found = {}
     for split in ("train", "held_out"):
         manifest = data / split / "shards" / "manifest.json"
-        paths = [row["path"] for row in shards.read_manifest(manifest)["shards"]] if manifest.exists() else []
+        paths = [row["path"] for row in read_manifest(manifest)["shards"]] if manifest.exists() else []
         for sample in (sample for path in paths[:SEARCHED] for sample in tars.index_tar(path)):
             caption = sample.read("txt").decode("utf-8", "replace").strip() if "txt" in sample.fields else None
             extension = next((e for e in images.IMAGE_EXTENSIONS if e in sample.fields), None)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from sdtrain import config as cf
-from sdtrain import schema, storage
-from sdtrain.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
-from sdtrain.shards import (
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import fingerprint
+from sdtrain.config.load import check_existing
+from sdtrain.data.manifest import (
     THREADS,
     describe_shard,
     find_shards,
@@ -27,8 +28,9 @@ from sdtrain.shards import (
     was_touched,
     write_manifest,
 )
-from sdtrain.tables import show_shards
-from sdtrain.tars import (
+from sdtrain.data.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
+from sdtrain.data.tables import show_shards
+from sdtrain.data.tars import (
     END,
     INDEX,
     ShardError,
@@ -39,6 +41,8 @@ from sdtrain.tars import (
     read_index,
     read_metadata,
 )
+from sdtrain.errors import ConfigError
+from sdtrain.io import storage
 
 BUFFER = 1 << 20  # bytes copied at once
 
@@ -46,10 +50,10 @@ BUFFER = 1 << 20  # bytes copied at once
 def main(argv: list[str]) -> None:
     """Run the command."""
     defaults = {"split": "train", "part": "0", "parts": "1", "output": None}
-    config, own = cf.command_line(argv, schema.ExistingShardsConfig, __doc__, **defaults)
+    config, own = command_line(argv, schema.ExistingShardsConfig, __doc__, **defaults)
     try:
         manifest = reshard(config, own["split"], *read_part(own["part"], own["parts"]), own["output"])
-    except (cf.ConfigError, PredicateError, ShardError, OSError) as error:
+    except (ConfigError, PredicateError, ShardError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(show_shards(manifest))
 
@@ -63,7 +67,7 @@ def reshard(config: DictConfig, split: str, part: int, parts: int, output: str) 
     source = find_shards(choice.path, part, parts)
     made_by = choice.made_by | {"samples_per_shard": config.samples_per_shard, "part": part, "parts": parts}
     made_by["source"] = source.get("fingerprint")
-    folder = Path(output).parent / cf.fingerprint(made_by)
+    folder = Path(output).parent / fingerprint(made_by)
     with locked(folder):
         with ShardCopier(folder, config.samples_per_shard) as copier:
             for row in progress(source["shards"], len(source["shards"]), "reshard"):
@@ -130,7 +134,7 @@ class Choice:
     def check_column(self) -> None:
         """Raise ConfigError where no sample had the key that decides the side: all would fall on one."""
         if self._asked and not self._told:
-            raise cf.ConfigError(
+            raise ConfigError(
                 f"select.held_out.column: no sample of {self.path} has {self.held.column}, so all would be on "
                 "one side; name a key of the samples' JSON"
             )
@@ -147,16 +151,16 @@ def check(config: DictConfig, split: str) -> tuple[Predicates, DictConfig | None
     Shards of their own for the held-out split make the rule void: then nothing of `path` is held out.
     """
     select, held = config.select, config.select.held_out
-    cf.check_existing(select)
+    check_existing(select)
     if not 0 <= held.fraction < 1:
-        raise cf.ConfigError(f"select.held_out.fraction: {held.fraction} is not in [0, 1)")
+        raise ConfigError(f"select.held_out.fraction: {held.fraction} is not in [0, 1)")
     if split == "held_out" and not (config.held_out_path or held.fraction):
-        raise cf.ConfigError(
+        raise ConfigError(
             "shards.held_out_path: name the shards that the metrics compare with, such as a validation set, "
             "or set select.held_out.fraction"
         )
     if config.samples_per_shard < 1:
-        raise cf.ConfigError(f"shards.samples_per_shard: {config.samples_per_shard} is not above 0")
+        raise ConfigError(f"shards.samples_per_shard: {config.samples_per_shard} is not above 0")
     return parse(select.filters), held if held.fraction and not config.held_out_path else None
 
 

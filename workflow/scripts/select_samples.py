@@ -13,31 +13,32 @@ import pyarrow as pa
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from sdtrain import config as cf
-from sdtrain import schema
-from sdtrain.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
-from sdtrain.tables import ParquetFile, Table, TableError, show
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest
+from sdtrain.data.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
+from sdtrain.data.tables import ParquetFile, Table, TableError, show
+from sdtrain.errors import ConfigError, SDTrainError
+from sdtrain.io.files import write_json
 
 BUCKETS = 16  # parts in which equal hashes are looked for, one after the other: sorting all at once takes memory
 MAX_BYTES = 1e12  # of one file: what says more is no size
 
 
-class SelectionError(ValueError):
+class SelectionError(SDTrainError, ValueError):
     """A selection that cannot be used: nothing is left on a side that needs rows."""
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = cf.command_line(
-        argv, schema.SelectConfig, __doc__, table=None, train=None, held_out=None, yields=None
-    )
+    config, own = command_line(argv, schema.SelectConfig, __doc__, table=None, train=None, held_out=None, yields=None)
     for stale in Path(own["yields"]).parent.glob(f".{Path(own['yields']).name}.*.tmp"):  # of a process that was killed
         stale.unlink()
     try:
         result = select(config, own["table"], own["train"], own["held_out"])
-    except (cf.ConfigError, PredicateError, TableError, SelectionError) as error:
+    except (ConfigError, PredicateError, TableError, SelectionError) as error:
         raise SystemExit(f"error: {error}") from None
-    cf.write_json(own["yields"], result)
+    write_json(own["yields"], result)
     print(show(result))
 
 
@@ -63,7 +64,7 @@ def select(config: DictConfig, path: str, train: str, held_out: str) -> dict[str
             "train": train_file.rows,
             "held_out": held_file.rows,
             **sizes,
-            "code": cf.code_digest(),
+            "code": code_digest(),
         }
         check(result, config.held_out)  # raising here leaves neither file behind
     return result
@@ -72,9 +73,9 @@ def select(config: DictConfig, path: str, train: str, held_out: str) -> dict[str
 def check_config(config: DictConfig, table: Table, predicates: Predicates) -> None:
     """Raise ConfigError, PredicateError or TableError for what the table cannot give, before it is read."""
     if not 0 <= config.held_out.fraction < 1:
-        raise cf.ConfigError(f"select.held_out.fraction: {config.held_out.fraction} is not in [0, 1)")
+        raise ConfigError(f"select.held_out.fraction: {config.held_out.fraction} is not in [0, 1)")
     if config.rows is not None and config.rows < 1:
-        raise cf.ConfigError(f"select.rows: {config.rows} is not a number of rows above 0; leave it out to keep all")
+        raise ConfigError(f"select.rows: {config.rows} is not a number of rows above 0; leave it out to keep all")
     predicates.mask(table.schema.empty_table())
     table.require(["url"])
     table.require([config.held_out.column] if config.held_out.fraction else [])

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import sys
 
-from sdtrain import config as cf
-from sdtrain.tables import show, show_shards
+from sdtrain.config.cli import command_line
+from sdtrain.data.tables import show, show_shards
+from sdtrain.errors import ConfigError
+from sdtrain.io.files import read_json
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    _, own = cf.command_line(argv, None, __doc__, yields=None, samples_per_shard=None, parts=None)
+    _, own = command_line(argv, None, __doc__, yields=None, samples_per_shard=None, parts=None)
     try:
         size, parts = (positive(own, key) for key in ("samples_per_shard", "parts"))
-        result = cf.read_json(own["yields"])
-    except cf.ConfigError as error:
+        result = read_json(own["yields"])
+    except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     if "shards" in result:  # a manifest: what is kept is there already
         print(f"{show_shards(result)}\nshards: {len(result['shards']):,}")
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> None:
 def positive(own: dict[str, str], key: str) -> int:
     """The argument as a whole number above 0. Raises ConfigError for anything else."""
     if not own[key].isdecimal() or not int(own[key]):
-        raise cf.ConfigError(f"{key}: {own[key]!r} is not a whole number above 0")
+        raise ConfigError(f"{key}: {own[key]!r} is not a whole number above 0")
     return int(own[key])
 
 

@@ -21,9 +21,11 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
-from sdtrain import config as cf
-from sdtrain import slurm
-from sdtrain.plan import Plan
+from sdtrain.config.cli import command_line
+from sdtrain.errors import ConfigError
+from sdtrain.orchestration import slurm
+from sdtrain.orchestration.plan import Plan
+from sdtrain.training.telemetry import read_log_line
 
 WIDTH = 100
 QUIET = 600.0  # seconds: a log without a new line for longer is worth a look
@@ -33,12 +35,12 @@ COLOURS = {"done": 32, "training": 32, "no progress": 31, "stopped": 31}  # by t
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    _, own = cf.command_line(argv, None, __doc__, run=None)
-    plan = Plan(own["run"], [], error=cf.ConfigError)
+    _, own = command_line(argv, None, __doc__, run=None)
+    plan = Plan(own["run"], [], error=ConfigError)
     try:
         plan.load_run(plan.run)  # a mistake in it is told before squeue is waited for
         lines = view(plan, *ask_slurm(), time.time())
-    except cf.ConfigError as error:
+    except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     print("\n".join(lines))
 
@@ -151,8 +153,8 @@ def read_log(path: Path) -> Log:
         lines, written = path.read_text(encoding="utf-8", errors="replace").splitlines(), path.stat().st_mtime
     except OSError:
         return Log()
-    last = [entry for entry in map(cf.read_log_line, lines[-50:]) if entry]
-    noted = [entry for line in lines if '"event"' in line and (entry := cf.read_log_line(line))]
+    last = [entry for entry in map(read_log_line, lines[-50:]) if entry]
+    noted = [entry for line in lines if '"event"' in line and (entry := read_log_line(line))]
     speed = [e for e in last if isinstance(e.get("images_per_second"), int | float) and e["images_per_second"] > 0]
     events = [str(entry.get("event")) for entry in noted]
     return Log(last[-1]["images"] if last else 0, speed[-RECENT:], events, written)

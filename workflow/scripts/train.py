@@ -16,23 +16,32 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from sdtrain import checkpoint, config, diffusion, dist, identity, loader, objective, parallel, schema
-from sdtrain.ema import trainable
-from sdtrain.models import ModelError
-from sdtrain.optimizer import adamw, learning_rate, state_by_name
-from sdtrain.progress import Progress
-from sdtrain.storage import StorageError
-from sdtrain.tars import ShardError
-from sdtrain.telemetry import Telemetry, TelemetryError, peak_flops, start_wandb
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest, record_fingerprint, versions
+from sdtrain.config.load import OmegaConf
+from sdtrain.data.stream import DataError, batches, open_dataset, prefetched
+from sdtrain.data.tars import ShardError
+from sdtrain.errors import ConfigError
+from sdtrain.io.files import write_json
+from sdtrain.io.storage import StorageError
+from sdtrain.models.parts import ModelError
+from sdtrain.training import checkpoint, identity, objective, parallel
+from sdtrain.training.diffusion_task import batch_losses, build, draw_grid, export, find_micro_batch, trial_pass
+from sdtrain.training.ema import trainable
+from sdtrain.training.optimizer import adamw, learning_rate, state_by_name
+from sdtrain.training.progress import Progress
+from sdtrain.training.telemetry import Telemetry, TelemetryError, peak_flops, start_wandb
 
 QUARTILES = 4  # of time, from little noise to much, that losses are told by
 EXPECTED = (
-    *(config.ConfigError, ModelError, objective.ObjectiveError, loader.DataError),
+    *(ConfigError, ModelError, objective.ObjectiveError, DataError),
     *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError, OSError, SafetensorError),
 )
 
 
-def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
+def train(cfg, here: distributed.World, device: torch.device, stop: distributed.Stop) -> bool:
     """Train from the last checkpoint to the milestone, and export it. Returns False where a signal came before."""
     e = cfg.experiment
     if cfg.system.threads:
@@ -40,7 +49,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     torch.manual_seed(e.seed)
 
     # Sizes: steps count optimizer steps, images count what all ranks have seen
-    micro_batch, accumulation, global_batch = dist.batch_sizes(cfg.system, here.size)
+    micro_batch, accumulation, global_batch = distributed.batch_sizes(cfg.system, here.size)
     steps = math.ceil(e.num_examples_to_see / global_batch)
     milestone = e.num_examples_to_see if e.stop_at is None else e.stop_at
     last = math.ceil(milestone / global_batch)
@@ -48,11 +57,11 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     previous = max((end for m, end in ends.items() if m < milestone), default=0)
 
     # Folder: checkpoints are keyed by all that decides the weights
-    dist.barrier()  # the main rank may have waited for another trainer's end
+    distributed.barrier()  # the main rank may have waited for another trainer's end
     own = identity.identify(cfg, global_batch)
     result = own.folder / str(milestone)
-    finished = e.requeue and config.record_fingerprint(result / "train.json") == own.key
-    if dist.from_main(finished):
+    finished = e.requeue and record_fingerprint(result / "train.json") == own.key
+    if distributed.from_main(finished):
         if here.main:
             print(f"{result / 'train.json'}: finished already", flush=True)
         return True
@@ -61,11 +70,11 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         (own.folder / "requeue").unlink(missing_ok=True)
 
     # Data, network, optimizer
-    dataset = loader.open_dataset(cfg.dataset, e.seed)
+    dataset = open_dataset(cfg.dataset, e.seed)
     dataset.require_complete(cfg.dataset.params.max_lost)
     about, kept = dataset.describe(), {"samples": dataset.source.kept, "dropped": dataset.dropped}
     captions = read_captions(e) if e.eval_caption_file else []
-    net = diffusion.build(cfg, here.size, device, global_batch)
+    net = build(cfg, here.size, device, global_batch)
     optimizer = adamw(net.unet, cfg.optimizer)
 
     # State: with the configuration all that a resume needs, as every random number follows from an image's number
@@ -77,7 +86,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         own.saves,
         state,
         main=here.main,
-        group=dist.cpu_group(cfg.distributed.timeout_minutes),
+        group=distributed.cpu_group(cfg.distributed.timeout_minutes),
         keep=e.keep_checkpoints if e.save_only_most_recent else None,
         always={*ends.values()},
     )
@@ -85,11 +94,11 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         checkpoint.start_milestone(saves, milestone, previous, identity.code())
         if not e.requeue:
             checkpoint.wipe(saves, -1)
-    dist.barrier()
+    distributed.barrier()
 
     # Resume; a checkpoint before the first step shows in time whether there is room for any
     first = 0
-    if found := dist.from_main([i for i in saves.saved() if i <= last * global_batch]):
+    if found := distributed.from_main([i for i in saves.saved() if i <= last * global_batch]):
         saves.load(found[-1])
         first = found[-1] // global_batch
         if here.main:
@@ -102,14 +111,14 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     if micro_batch is None:
         online = cfg.dataset.type != "LatentDataset"
         pixels = cfg.dataset.params.resolution if online else None
-        micro_batch = diffusion.find_micro_batch(net, global_batch // here.size, pixels)
+        micro_batch = find_micro_batch(net, global_batch // here.size, pixels)
         accumulation = global_batch // here.size // micro_batch
-    parallel.settle(net.model, lambda: diffusion.trial_pass(net, net.model, micro_batch))
+    parallel.settle(net.model, lambda: trial_pass(net, net.model, micro_batch))
     position = first * global_batch + progress["moved"]
     ranks = {"start": position, "rank": here.rank, "world_size": here.size}
     loading = {"workers": cfg.dataset.params.workers, "max_lost": cfg.dataset.params.max_lost}
-    stream = loader.batches(dataset, micro_batch, **ranks, **loading)
-    stream = loader.prefetched(stream, cfg.dataset.params.prefetch, pin=device.type == "cuda")
+    stream = batches(dataset, micro_batch, **ranks, **loading)
+    stream = prefetched(stream, cfg.dataset.params.prefetch, pin=device.type == "cuda")
     logs = here.main and last > first
     telemetry = Telemetry(
         own.folder / "log.jsonl" if logs else None,
@@ -145,7 +154,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
             draws = objective.draw(cfg.objective, e.seed, position, global_batch, range(slot, slot + micro_batch))
             torch.manual_seed(draws.offset_seeds[0])  # of dropout inside the UNet
             with parallel.exchange(net.model, now=micro + 1 == accumulation):
-                each = diffusion.batch_losses(net, batch, draws, dataset, cfg.objective)
+                each = batch_losses(net, batch, draws, dataset, cfg.objective)
                 with net.kernel:  # what was not kept is computed again
                     (each.mean() / accumulation).backward()
             quartile = (draws.time * QUARTILES).long().to(device)
@@ -158,7 +167,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
         flags = [stop.name is not None, stop.name == "SIGUSR1", saves.settled(), newly_lost]
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
         report = torch.cat([losses, images, bad[None], torch.tensor(flags, device=device)])
-        report = dist.total(report.double()).tolist()
+        report = distributed.total(report.double()).tolist()
         bad, stop.agreed, stop.warned, settled, newly_lost = report[2 * QUARTILES :]
 
         # Optimizer step, or none where the gradient is no number
@@ -199,7 +208,7 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
                 saves.save(step * global_batch)
                 if captions and not stop.agreed:
                     picture = own.folder / "samples" / f"{step * global_batch}.png"
-                    diffusion.draw_grid(net, captions, cfg.dataset.params.resolution, e, here, picture)
+                    draw_grid(net, captions, cfg.dataset.params.resolution, e, here, picture)
                     telemetry.log_image(step * global_batch, picture)
     saves.finish()
     stream.close()
@@ -209,11 +218,11 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
     if step < last:
         if here.main:
             checkpoint.ask_for_restart(own.folder, step * global_batch, bool(stop.warned))
-        dist.barrier()
+        distributed.barrier()
         return False
 
     # Export
-    pipeline = diffusion.export(net, result / "pipeline", here.main)
+    pipeline = export(net, result / "pipeline", here.main)
     if here.main:
         checkpoint.point_link(own.folder / "pipeline", pipeline)
         facts = {
@@ -228,13 +237,13 @@ def train(cfg, here: dist.World, device: torch.device, stop: dist.Stop) -> bool:
             "global_batch": global_batch,
             **kept,
             **{name: progress[name] for name in ("lost", "skipped", "rollbacks")},
-            "code": config.code_digest(),
-            "versions": config.versions(),
+            "code": code_digest(),
+            "versions": versions(),
         }
-        config.write_json(result / "train.json", facts)
+        write_json(result / "train.json", facts)
         checkpoint.finish_milestone(saves, milestone, identity.code())
         print(f"{result / 'train.json'}: {pipeline}", flush=True)
-    dist.barrier()
+    distributed.barrier()
     return True
 
 
@@ -244,24 +253,24 @@ def read_captions(experiment) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise config.ConfigError(f"experiment.eval_caption_file: {error}") from None
+        raise ConfigError(f"experiment.eval_caption_file: {error}") from None
     if path.suffix == ".csv":
         lines = [row.get("caption") or "" for row in csv.DictReader(lines)]
     captions = [line.strip() for line in lines if line.strip()][: experiment.num_eval_images]
     if not captions:
-        raise config.ConfigError(f"experiment.eval_caption_file: {path}: no caption in it")
+        raise ConfigError(f"experiment.eval_caption_file: {path}: no caption in it")
     return captions
 
 
 def main(argv: list[str]) -> None:
-    cfg, _ = config.command_line(argv, schema.StageConfig, __doc__)
+    cfg, _ = command_line(argv, schema.StageConfig, __doc__)
     backend = {"dist_backend": cfg.system.dist_backend, "dist_url": cfg.system.dist_url}  # the seed has them twice
-    with dist.joined(config.OmegaConf.merge(cfg.distributed, backend), EXPECTED) as (here, device, stop):
+    with distributed.joined(OmegaConf.merge(cfg.distributed, backend), EXPECTED) as (here, device, stop):
         folder, wait = identity.run_folder(cfg), cfg.experiment.wait_minutes
         with checkpoint.lock(folder, wait) if here.main else contextlib.nullcontext():
             finished = train(cfg, here, device, stop)
     if not finished:
-        sys.exit(dist.STOPPED)
+        sys.exit(distributed.STOPPED)
 
 
 if __name__ == "__main__":

@@ -21,27 +21,24 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import SafetensorError
 
-from sdtrain import (
-    autoencoder,
-    checkpoint,
-    config,
-    dist,
-    features,
-    identity,
-    loader,
-    objective,
-    parallel,
-    sampling,
-    schema,
-    shards,
-)
-from sdtrain.ema import Ema, trainable
-from sdtrain.models import ModelError
-from sdtrain.optimizer import adamw, learning_rate, state_by_name
-from sdtrain.progress import Progress
-from sdtrain.storage import StorageError
-from sdtrain.tars import ShardError
-from sdtrain.telemetry import Telemetry, TelemetryError, start_wandb
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.cli import command_line
+from sdtrain.config.fingerprint import code_digest, differences, record_fingerprint, versions
+from sdtrain.data.manifest import read_manifest
+from sdtrain.data.stream import DataError, ImageDataset, batches, prefetched
+from sdtrain.data.tars import ShardError
+from sdtrain.errors import ConfigError
+from sdtrain.io.files import read_json, write_json
+from sdtrain.io.storage import StorageError
+from sdtrain.models import autoencoder, feature_networks
+from sdtrain.models.parts import ModelError
+from sdtrain.models.pipeline import grid
+from sdtrain.training import checkpoint, identity, objective, parallel
+from sdtrain.training.ema import Ema, trainable
+from sdtrain.training.optimizer import adamw, learning_rate, state_by_name
+from sdtrain.training.progress import Progress
+from sdtrain.training.telemetry import Telemetry, TelemetryError, start_wandb
 
 STATISTICS_IMAGES = 512  # images that the latents' mean and standard deviation are measured on
 MEASURED_IMAGES = 256  # held-out images that the exported component is measured on
@@ -53,12 +50,12 @@ NEUTRAL = (  # keys that do not decide the weights, or that count by a record, o
     *("workers", "prefetch", "threads", "wandb_mode", "distributed"),
 )
 EXPECTED = (
-    *(config.ConfigError, ModelError, features.FeatureError, loader.DataError),
+    *(ConfigError, ModelError, feature_networks.FeatureError, DataError),
     *(ShardError, StorageError, checkpoint.CheckpointError, TelemetryError, OSError, SafetensorError),
 )
 
 
-def train(settings, sides: dict[str, str], output: Path, here: dist.World, device: torch.device, stop) -> bool:
+def train(settings, sides: dict[str, str], output: Path, here: distributed.World, device: torch.device, stop) -> bool:
     """Train from the last checkpoint to the end, and export. Returns False where a signal came before.
 
     `sides` are the manifests of images, train and held_out.
@@ -74,9 +71,9 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     steps = math.ceil(settings.num_examples_to_see / global_batch)
 
     # Folder: checkpoints are keyed by all that decides the weights
-    dist.barrier()  # the main rank may have waited for another trainer's end
+    distributed.barrier()  # the main rank may have waited for another trainer's end
     own = identify(settings, sides["train"], global_batch, training_folder(output))
-    if dist.from_main(config.record_fingerprint(output) == own.key):
+    if distributed.from_main(record_fingerprint(output) == own.key):
         if here.main:
             print(f"{output}: finished already", flush=True)
         return True
@@ -85,15 +82,15 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
 
     # Data: crops at one to two times the resolution, so that the latents serve a stage and the next one
     zoomed = {"crop": "random", "flip": True, "zoom": (1.0, 2.0)}
-    dataset = loader.ImageDataset(sides["train"], resolution, **zoomed, seed=settings.seed)
-    held_out = {s: loader.ImageDataset(sides["held_out"], s, seed=settings.seed) for s in (resolution, 2 * resolution)}
+    dataset = ImageDataset(sides["train"], resolution, **zoomed, seed=settings.seed)
+    held_out = {s: ImageDataset(sides["held_out"], s, seed=settings.seed) for s in (resolution, 2 * resolution)}
 
     # Network, optimizer, average
     vae = autoencoder.build(OmegaConf.to_container(settings.params), resolution)
     vae.to(device, memory_format=torch.channels_last)
     noise_shape = (vae.config.latent_channels, *[autoencoder.latent_side(vae, resolution)] * 2)
     network = settings.loss.perceptual_network if settings.loss.perceptual else None
-    distance = features.perceptual_distance(network, device) if network else None
+    distance = feature_networks.perceptual_distance(network, device) if network else None
     model = parallel.spread(autoencoder.Reconstruction(vae), "ddp", here.size, device)
     blank = torch.zeros(share, 3, resolution, resolution), torch.zeros(share, *noise_shape)
     parallel.settle(model, lambda: model(*[tensor.to(device) for tensor in blank])[0].mean().backward())
@@ -107,15 +104,15 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     state = {"vae": trainable(vae), "ema": ema.weights, "optimizer": state_by_name(optimizer, vae)}
     state |= {"best": best, **progress.state}
     saves = checkpoint.Checkpoints(
-        own.saves, state, main=here.main, group=dist.cpu_group(settings.distributed.timeout_minutes), keep=2
+        own.saves, state, main=here.main, group=distributed.cpu_group(settings.distributed.timeout_minutes), keep=2
     )
     if here.main:
         checkpoint.start_milestone(saves, settings.num_examples_to_see, -1, identity.code())
-    dist.barrier()
+    distributed.barrier()
 
     # Resume; a checkpoint before the first step shows in time whether there is room for any
     first = 0
-    if found := dist.from_main(saves.saved()):
+    if found := distributed.from_main(saves.saved()):
         saves.load(found[-1])
         first = found[-1] // global_batch
         if here.main:
@@ -129,8 +126,8 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     about = dataset.describe()
     position = first * global_batch + progress["moved"]
     ranks = {"start": position, "rank": here.rank, "world_size": here.size}
-    stream = loader.batches(dataset, share, **ranks, workers=settings.workers)
-    stream = loader.prefetched(stream, settings.prefetch, pin=device.type == "cuda")
+    stream = batches(dataset, share, **ranks, workers=settings.workers)
+    stream = prefetched(stream, settings.prefetch, pin=device.type == "cuda")
     logs = here.main and steps > first
     telemetry = Telemetry(
         own.folder / "log.jsonl" if logs else None,
@@ -173,7 +170,7 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
         flags = [stop.name is not None, stop.name == "SIGUSR1", saves.settled(), newly_lost]
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
         report = torch.cat([losses.detach().double() * share, bad[None], torch.tensor(flags, device=device)])
-        *sums, bad, stop.agreed, stop.warned, settled, newly_lost = dist.total(report).tolist()
+        *sums, bad, stop.agreed, stop.warned, settled, newly_lost = distributed.total(report).tolist()
 
         # Optimizer step, or none where the gradient is no number
         step, position = step + 1, position + global_batch
@@ -230,13 +227,13 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
     if step < steps:
         if here.main:
             checkpoint.ask_for_restart(own.folder, step * global_batch, bool(stop.warned))
-        dist.barrier()
+        distributed.barrier()
         return False
 
     # Export: the averaged weights in half precision; what is measured is what is shipped
     with ema.applied(vae):
         shipped = copy.deepcopy(vae).eval().to(memory_format=torch.contiguous_format)
-    normalise(shipped, loader.ImageDataset(sides["train"], 2 * resolution, seed=settings.seed), device)
+    normalise(shipped, ImageDataset(sides["train"], 2 * resolution, seed=settings.seed), device)
     quality = measure(shipped.half().float(), held_out, MEASURED_IMAGES, here, device)
     if here.main:
         facts = {
@@ -250,13 +247,13 @@ def train(settings, sides: dict[str, str], output: Path, here: dist.World, devic
             "global_batch": global_batch,
             **{name: progress[name] for name in ("lost", "skipped", "rollbacks")},
             "config": OmegaConf.to_container(settings, resolve=True),
-            "code": config.code_digest(),
-            "versions": config.versions(),
+            "code": code_digest(),
+            "versions": versions(),
         }
         export(shipped.half(), facts, own.folder, output)
         checkpoint.finish_milestone(saves, settings.num_examples_to_see, identity.code())
         print(f"{output}: {quality}", flush=True)
-    dist.barrier()
+    distributed.barrier()
     return True
 
 
@@ -265,16 +262,16 @@ def check(settings) -> None:
     """Refuse values that no training can have. Raises ConfigError or DistError."""
     for key in ("num_examples_to_see", "batch_size", "save_every", "log_every"):
         if settings[key] < 1:
-            raise config.ConfigError(f"{key}: {settings[key]} is not at least 1")
+            raise ConfigError(f"{key}: {settings[key]} is not at least 1")
     weights = {name: settings.loss[name] for name in autoencoder.TERMS}
     if min(weights.values()) < 0 or not sum(weights.values()) > weights["kl"]:
         what = "none may be negative, and one besides kl must be above 0"
-        raise config.ConfigError(f"loss: {weights}: {what}, such as loss.l1=1")
+        raise ConfigError(f"loss: {weights}: {what}, such as loss.l1=1")
     if weights["perceptual"] and not settings.loss.perceptual_network:
         remedy = "name the folder of an image network, such as resources/components/efficientnet-lite0"
-        raise config.ConfigError(f"loss.perceptual_network: loss.perceptual needs one: {remedy}")
+        raise ConfigError(f"loss.perceptual_network: loss.perceptual needs one: {remedy}")
     if settings.distributed.strategy != "ddp":
-        raise dist.DistError("distributed.strategy: fsdp shards a UNet; an autoencoder is small: set it to ddp")
+        raise distributed.DistError("distributed.strategy: fsdp shards a UNet; an autoencoder is small: set it to ddp")
 
 
 def training_folder(output: Path) -> Path:
@@ -289,24 +286,24 @@ def identify(settings, manifest: str, global_batch: int, folder: Path) -> identi
         del decisive[key]
     del decisive["optimizer"]["fused"]
     decisive["system"] = {"global_batch": global_batch}
-    sources = {"dataset": shards.read_manifest(manifest)["fingerprint"]}
+    sources = {"dataset": read_manifest(manifest)["fingerprint"]}
     if settings.loss.perceptual:
-        sources["network"] = config.record_fingerprint(f"{settings.loss.perceptual_network}.json")
+        sources["network"] = record_fingerprint(f"{settings.loss.perceptual_network}.json")
     return identity.Identity(folder, sources, decisive, frozen=True)
 
 
 def claim(own: identity.Identity, world_size: int) -> None:
     """Mark the folder as this training's; refuse to start anew only because ranks have come or gone."""
     for file in own.folder.glob("checkpoints/*/about.json"):
-        other = config.read_json(file)
-        differ = config.differences(other["decisive"], own.decisive) + config.differences(other["sources"], own.sources)
+        other = read_json(file)
+        differ = differences(other["decisive"], own.decisive) + differences(other["sources"], own.sources)
         if differ == ["system.global_batch"] and other["world_size"] != world_size and not own.saves.is_dir():
             before, now = (about["decisive"]["system"]["global_batch"] for about in (other, own.about))
             raise checkpoint.CheckpointError(
                 f"{file.parent}: these checkpoints saw {before} images a step on {other['world_size']} processes, this "
                 f"launch {now} on {world_size}; set batch_size so that it is {before} again, or delete that folder"
             )
-    config.write_json(own.saves / "about.json", {**own.about, "world_size": world_size})
+    write_json(own.saves / "about.json", {**own.about, "world_size": world_size})
     (own.folder / "requeue").unlink(missing_ok=True)
 
 
@@ -320,7 +317,7 @@ def open_wandb(settings, own: identity.Identity):
 
 
 # ---------------------------------------------------------------- what it has learnt
-def chunks(dataset: loader.ImageDataset, positions: range, device: torch.device) -> Iterator[torch.Tensor]:
+def chunks(dataset: ImageDataset, positions: range, device: torch.device) -> Iterator[torch.Tensor]:
     """Pixels N x 3 x H x W of the readable images at these positions of the stream."""
     for start in range(0, len(positions), CHUNK):
         items = [dataset[position] for position in positions[start : start + CHUNK]]
@@ -329,7 +326,7 @@ def chunks(dataset: loader.ImageDataset, positions: range, device: torch.device)
 
 
 @torch.no_grad()
-def measure(vae, held_out: dict[int, loader.ImageDataset], limit: int, here, device) -> dict[str, float]:
+def measure(vae, held_out: dict[int, ImageDataset], limit: int, here, device) -> dict[str, float]:
     """Mean PSNR, dB, of what comes back of the first `limit` held-out images, at each side in pixels.
 
     Ranks share the images. Raises DataError where none of them can be read.
@@ -340,28 +337,26 @@ def measure(vae, held_out: dict[int, loader.ImageDataset], limit: int, here, dev
         for images in chunks(dataset, range(here.rank, min(limit, len(dataset)), here.size), device):
             values = autoencoder.psnr(autoencoder.reconstruct(vae, images), images)
             sums += torch.stack([values.double().sum(), torch.tensor(len(values), device=device)])
-        total, count = dist.total(sums).tolist()
+        total, count = distributed.total(sums).tolist()
         if not count:
-            raise loader.DataError("held_out: none of its first images can be read; rebuild its shards")
+            raise DataError("held_out: none of its first images can be read; rebuild its shards")
         found[f"psnr_{size}px"] = round(total / count, 2)
     return found
 
 
 @torch.no_grad()
-def draw_pairs(vae, dataset: loader.ImageDataset, device: torch.device, path: Path) -> None:
+def draw_pairs(vae, dataset: ImageDataset, device: torch.device, path: Path) -> None:
     """Write a picture of the first images of a dataset, each beside what comes back of it."""
     images = next(chunks(dataset, range(PAIRS), device))
     pairs = torch.stack([images, autoencoder.reconstruct(vae, images)], 1).flatten(0, 1)
     levels = ((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    sampling.grid([Image.fromarray(image) for image in levels], columns=8).save(
-        aside := path.with_name(f".{path.name}"), "PNG"
-    )
+    grid([Image.fromarray(image) for image in levels], columns=8).save(aside := path.with_name(f".{path.name}"), "PNG")
     os.replace(aside, path)
 
 
 @torch.no_grad()
-def normalise(vae, dataset: loader.ImageDataset, device: torch.device) -> None:
+def normalise(vae, dataset: ImageDataset, device: torch.device) -> None:
     """Fold into `vae` what gives the latents of the first images of a dataset zero mean and unit variance."""
     first = range(min(STATISTICS_IMAGES, len(dataset)))
     means = [vae.encode(images).latent_dist.mode() for images in chunks(dataset, first, device)]
@@ -375,21 +370,21 @@ def export(vae, facts: dict, folder: Path, output: Path) -> None:
     vae.save_pretrained(aside, safe_serialization=True)
     shutil.copytree(folder / "samples", aside / "samples")
     shutil.copyfile(folder / "log.jsonl", aside / "log.jsonl")
-    config.write_json(aside / "training.json", facts)
+    write_json(aside / "training.json", facts)
     output.unlink(missing_ok=True)  # an older one must not stand for the new folder
     checkpoint.replace_folder(aside, output.with_suffix(""))
-    config.write_json(output, facts)
+    write_json(output, facts)
 
 
 def main(argv: list[str]) -> None:
-    settings, own = config.command_line(argv, schema.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
+    settings, own = command_line(argv, schema.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
     output = Path(own["output"])
-    with dist.joined(settings.distributed, EXPECTED) as (here, device, stop):
+    with distributed.joined(settings.distributed, EXPECTED) as (here, device, stop):
         folder, wait = training_folder(output), settings.wait_minutes
         with checkpoint.lock(folder, wait) if here.main else contextlib.nullcontext():
             finished = train(settings, own, output, here, device, stop)
     if not finished:
-        sys.exit(dist.STOPPED)
+        sys.exit(distributed.STOPPED)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from sdtrain import config as cf
-from sdtrain.shards import find_faults, read_manifest
+from sdtrain.config.cli import command_line
+from sdtrain.data.manifest import find_faults, read_manifest
 
 
 def main(argv: list[str]) -> None:
     """Run the command: a line a manifest, or every fault and exit 1."""
-    _, own = cf.command_line(argv, None, __doc__, manifests=None)
+    _, own = command_line(argv, None, __doc__, manifests=None)
     paths = own["manifests"].split()
     if not paths:
         raise SystemExit("error: manifests=…: name one manifest.json or more, with spaces between them")

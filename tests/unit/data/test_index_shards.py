@@ -1,0 +1,127 @@
+"""Shards that exist are adopted where they are; an indexing that is killed goes on with the shards that are left."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from samples import ROOT, load_script, make_sample, write_tar
+
+from sdtrain.data.manifest import gather_manifests, read_manifest
+from sdtrain.data.tars import index_tar, read_index
+
+SAMPLES = [make_sample(n) for n in range(6)]
+SCRIPT = load_script("index_shards")
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Six tars in two folders, three names."""
+    found = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        found += [write_tar(tmp_path / folder / f"{n}.tar", SAMPLES[: n + 1]) for n in range(3)]
+    return found
+
+
+def arguments(folder, path, *more, **config):
+    """The command's arguments, its configuration written to a file."""
+    file = folder / "index.yaml"
+    file.write_text(yaml.safe_dump({"path": str(path), **config}))
+    return [f"config={file}", f"output={folder}/indexed/0-of-1.json", *more]
+
+
+def index(folder, path, *more, **config):
+    """Run the command to its good end; returns its manifest."""
+    given = arguments(folder, path, *more, **config)
+    SCRIPT.main(["index_shards.py", *given])
+    (output,) = [a.removeprefix("output=") for a in given if a.startswith("output=")][-1:]
+    return read_manifest(output, full=True)
+
+
+def refused(folder, path, *more, **config):
+    """The command's error."""
+    with pytest.raises(SystemExit, match="^error: ") as error:
+        SCRIPT.main(["index_shards.py", *arguments(folder, path, *more, **config)])
+    return str(error.value)
+
+
+def test_parts_share_the_shards_and_leave_them_as_they_are(tmp_path, tars):
+    path, names = f"{tmp_path}/{{a,b}}/*.tar", []
+    for part in range(4):
+        output = tmp_path / f"indexed/{part}-of-4.json"
+        manifest = index(tmp_path, path, f"part={part}", "parts=4", f"output={output}")
+        names += [row["path"] for row in manifest["shards"]]
+    assert [os.path.realpath(name) for name in names] == [str(tar) for tar in tars]
+    assert sorted(os.listdir(tmp_path / "a")) == ["0.tar", "1.tar", "2.tar"]
+    parts = [tmp_path / f"indexed/{part}-of-4.json" for part in range(4)]
+    manifest = gather_manifests(parts, tmp_path / "shards/manifest.json")
+    assert manifest["samples"] == 12 and manifest["made_by"] == {"path": path}
+    for row in read_manifest(tmp_path / "shards/manifest.json", full=True)["shards"]:
+        assert read_index(row["index_path"], row["path"]) == index_tar(row["path"])
+
+
+def test_a_manifest_is_adopted_with_its_indices(tmp_path, image_shards):
+    manifest = index(tmp_path, image_shards / "manifest.json")
+    assert manifest["samples"] == 41 and os.listdir(tmp_path / "indexed") == ["0-of-1.json"]
+    source = read_manifest(image_shards / "manifest.json")["shards"]
+    for row, old in zip(manifest["shards"], source, strict=True):
+        assert os.path.samefile(row["index_path"], old["index_path"]) and row["sha256"] == old["sha256"]
+
+
+def test_the_held_out_split_has_shards_of_its_own(tmp_path, tars):
+    manifest = index(tmp_path, f"{tmp_path}/a/*.tar", "split=held_out", held_out_path=str(tars[5]))
+    assert [os.path.realpath(row["path"]) for row in manifest["shards"]] == [str(tars[5])]
+
+
+def test_what_cannot_be_adopted_is_named(tmp_path, tars):
+    assert "shards.held_out_path: name the shards" in refused(tmp_path, tars[0], "split=held_out")
+    assert "nothing there matches" in refused(tmp_path, f"{tmp_path}/none/*.tar")
+    assert "9.tar: shard is missing" in refused(tmp_path, f"{tmp_path}/a/{{0,9}}.tar")
+    assert f"names {tars[0]} more than once" in refused(tmp_path, f"{tmp_path}/a/{{0,0}}.tar")
+    assert "part=2 parts=2: a part from 0 to parts - 1" in refused(tmp_path, tars[0], "part=2", "parts=2")
+    message = refused(tmp_path, tars[0], select={"rows": 5})
+    assert "select.rows: is for tables only" in message
+    assert "select.deduplicate: is for tables only" in refused(tmp_path, tars[0], select={"deduplicate": "url"})
+    tars[1].write_bytes(tars[1].read_bytes()[:700])
+    assert "1.tar: not a whole tar" in refused(tmp_path, f"{tmp_path}/a/*.tar")
+    assert "the command ended with 3" in refused(tmp_path, "pipe:exit 3")
+    assert not (tmp_path / "indexed/0-of-1.json").exists()
+
+
+def test_kills_at_random_points_leave_the_same_bytes_and_finished_work_done(tmp_path):
+    (tmp_path / "in").mkdir()
+    for n in range(120):
+        write_tar(tmp_path / f"in/{n:05d}.tar", SAMPLES[: n % 6 + 1])
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(3)
+    whole.mkdir()
+    killed.mkdir()
+    index(whole, tmp_path / "in/*.tar")
+    command = [sys.executable, "workflow/scripts/index_shards.py", *arguments(killed, tmp_path / "in/*.tar")]
+    env = {**os.environ, "PYTHONPATH": "workflow"}
+    done = []
+    for _ in range(3):
+        child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        count = len(list(killed.glob("indexed/*/*.parquet")))
+        while child.poll() is None and len(list(killed.glob("indexed/*/*.parquet"))) <= count:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        done.append(len(list(killed.glob("indexed/*/*.parquet"))))
+    assert done == sorted(done) and done[0] < 120
+    index(killed, tmp_path / "in/*.tar")
+    assert files(killed) == files(whole)
+
+
+def files(folder) -> dict:
+    """Every file below the folder of the results, with its bytes; of the manifest, without the digest of the code."""
+    found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.glob("indexed/**/*") if f.is_file()}
+    return {name: re.sub(rb'"code": "\w+"', b"", data) for name, data in found.items()}

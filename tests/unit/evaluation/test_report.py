@@ -1,0 +1,276 @@
+"""The report of a run made here: numbers, one self-contained page whatever the captions say, nothing on bad input."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from samples import make_sample, write_tar
+
+from sdtrain.data.manifest import write_manifest
+from sdtrain.io.files import read_json, write_json, write_text
+
+SCRIPT = Path(__file__).resolve().parents[3] / "workflow" / "scripts" / "report.py"
+EVIL = '<script>alert("1")</script> & "quoted" \' {{ 7 * 7 }}'
+SEEN = ["a red square", EVIL]
+STAGES = {"stage1": (32, [0, 320]), "stage2": (64, [0, 160])}
+ROWS = "stage1/0,stage1/320,stage2/0,stage2/160"
+CONFIG = """
+wandb: {{api_key: {key}}}
+experiment: {{log_dir: logs, project: trial, name: {stage}, num_examples_to_see: 320, seed: 5}}
+dataset: {{params: {{path: none, resolution: {px}}}}}
+init: {init}
+"""
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load_script()
+
+
+def write_row(folder: Path, px: int, images: int) -> None:
+    """What the steps before the report leave beside a milestone."""
+    (folder / "samples").mkdir(parents=True)
+    grids = []
+    for number, (title, prompts) in enumerate(
+        {"captions <b>seen</b>": SEEN, "held-out captions": ["a new thing"]}.items()
+    ):
+        sheet = Image.new("RGB", (2 * px, px))
+        sheet.paste((10, 200, 30), (0, 0, px, px))
+        sheet.paste((200, 10, 30), (px, 0, 2 * px, px))
+        path = folder / "samples" / f"grid{number}.png"
+        sheet.save(path)
+        grids.append({"title": title, "prompts": prompts, "image": str(path), "columns": 2})
+    sampling = {"guidance_scale": 2.0, "num_inference_steps": 15, "seed": 9, "resolution": px}
+    record = {"images": 2, "prompts": SEEN, "folder": str(folder / "samples"), "grids": grids, **sampling}
+    write_json(folder / "samples.json", record)
+    trained = {"images": images, "samples": 41, "dropped": {"filters": 7}, "global_batch": 32, "world_size": 2}
+    trained |= {"skipped": 1203, "rollbacks": 2}
+    trained |= {"fingerprint": f"print{images}", "code": "digest", "versions": {"torch": "2.13.0"}}
+    write_json(folder / "train.json", trained)
+    kernel = {"metric": "kernel distance (Net)", "value": 0.5, "floor": 0.01}
+    distance = {"metric": "Frechet distance (Net)", "value": 300.25 - images / 2, "floor": 70.0, "kernel": kernel}
+    distance |= {"images": 192, "floor_images": 192, "reference_images": 71, "resolution": px}
+    write_json(folder / "frechet_distance.json", distance)
+    real = {"value": 36.6, "shuffled": 0.1, "images": 228, "resolution": 64}
+    score = {
+        "metric": "alignment score (Net to Text)",
+        "value": 20.0,
+        "shuffled": 1.0,
+        "difference": 19.0,
+        "images": 192,
+    }
+    write_json(folder / "clip_score.json", score | {"difference_standard_error": 0.5, "real": real})
+
+
+@pytest.fixture
+def run(tmp_path) -> dict[str, str]:
+    """A run of two stages, its data, and the arguments of its report."""
+    folder, data = tmp_path / "run", tmp_path / "data"
+    for stage, (px, milestones) in STAGES.items():
+        init = "null" if stage == "stage1" else "stage1"
+        write_text(folder / stage / "config" / "train.yaml", CONFIG.format(stage=stage, px=px, init=init, key="SECRET"))
+        lines = [{"images": 32 * i, "loss": 1 / i, "data_wait": 0.1, "images_per_second": 32.0} for i in range(1, 11)]
+        lines.insert(4, {"images": 140, "event": "skipped"})
+        del lines[1]["loss"]
+        write_text(folder / stage / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"images": 35')
+        for images in milestones:
+            write_row(folder / stage / str(images), px, images)
+    write_text(folder / "config" / "evaluate.yaml", "num_images: 192\n")
+    (data / "train" / "shards").mkdir(parents=True)
+    key, fields = make_sample(0)
+    samples = [
+        (key, fields | {"txt": b"a red square\n"}),
+        ("000000001", fields | {"txt": EVIL.encode(), "jpg": b"broken"}),
+    ]
+    tar = write_tar(data / "train" / "shards" / "00000.tar", samples)
+    write_manifest(data / "train" / "shards" / "manifest.json", "images", [tar], {}, {})
+    row = {"column": "width", "predicate": "<b> >= 256", "null": 1, "alone_dropped": 2, "dropped": 2, "kept": 3}
+    more = {"duplicates": {"column": "url", "dropped": 1234}, "rows_limit": None, "size_from": "<i> x height"}
+    more["bytes"] = {"train": 5_600_000, "held_out": 780}
+    write_json(data / "yields.json", {"rows": 3372, "predicates": [row], "kept": 48, "train": 41, "held_out": 7} | more)
+    out = {"output": "out/metrics.json", "html": "out/report.html", "text": "out/metrics.txt"}
+    return {"run": "trial", "rows": ROWS, "folder": folder, "data": data} | {k: tmp_path / v for k, v in out.items()}
+
+
+def make(keys: dict) -> None:
+    report.main(["report.py", *(f"{key}={value}" for key, value in keys.items())])
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, what they load, and the text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.loads, self.alts, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.loads += [values[name] for name in ("src", "href", "srcset", "data", "action") if name in values]
+        self.alts += [values["alt"]] if "alt" in values else []
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_metrics(run, capsys):
+    make(run)
+    metrics = read_json(run["output"])
+    assert [row["name"] for row in metrics["rows"]] == ["untrained", "stage1", "stage2 before training", "stage2"]
+    assert [row["frechet_distance"]["value"] for row in metrics["rows"]] == [300.25, 140.25, 300.25, 220.25]
+    first, second = metrics["rows"][:2]
+    assert first["images_per_second"] is first["loss"] is first["data_wait_share"] is None
+    assert (second["images"], second["resolution"], second["loss"], second["images_per_second"]) == (320, 32, 0.1, 32.0)
+    assert second["data_wait_share"] == pytest.approx(0.1)  # of each second
+    assert second["alignment"]["shuffled"] == 1.0 and second["frechet_distance"]["images"] == 192
+    assert metrics["rows"][3]["loss"] == 0.2  # the log up to the milestone, not beyond
+    assert (second["seed"], second["sampling"]["seed"]) == (5, 9)
+    assert metrics["versions"] == {"torch": "2.13.0"} and len(metrics["code"]) == 16
+    text = Path(run["text"]).read_text()
+    assert text == capsys.readouterr().out
+    assert text.splitlines()[-1] == str(run["html"])
+    table = [line.split() for line in text.splitlines()[1:5]]
+    assert table[1] == ["stage1", "320", "32", "140.2", "70.0", "192", "20.0", "1.0", "32.0"]
+    assert len({len(line) for line in text.splitlines()[:5]}) == 1, "columns are aligned"
+
+
+def test_page_is_self_contained_and_escaped(run):
+    make(run)
+    source = Path(run["html"]).read_text()
+    page = Page(source)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("b") == 3, "the three headline numbers, and none from a caption"
+    assert all(load.startswith("data:image/webp;base64,") for load in page.loads)
+    assert not re.search(r"https?:|url\(|@import", source)
+    text = "".join(page.words)
+    assert EVIL in text and f"{EVIL} (stage2)" in page.alts
+    assert "Captions <b>seen</b>" in text and "width <b> >= 256" in text
+    assert "SECRET" not in source
+    for word in (
+        "Fréchet distance",
+        "300.2 → 140.2",
+        "41 captioned images",
+        "3,372 rows",
+        "1,234 passed the filters and were dropped",
+        "5.6 MB to train on, 780 B",
+        "from <i> x height",
+        "7 by filters",
+        "1,203 steps whose loss or gradient was no number",
+        "num_images: 192",
+    ):
+        assert word in text, word
+
+
+def test_page_shows_every_stage_beside_the_real_image(run):
+    make(run)
+    page = Page(Path(run["html"]).read_text())
+    images = dict(zip(page.alts, page.loads, strict=True))
+    assert len(images) == 4 * 3 + 1  # four models, three captions; one of them has a readable real image
+    assert "a red square (real image)" in images and "a new thing (real image)" not in images
+
+    def colour(alt: str) -> tuple[tuple[int, int], tuple[int, ...]]:
+        image = Image.open(io.BytesIO(base64.b64decode(images[alt].partition(",")[2])))
+        return image.size, image.convert("RGB").resize((1, 1)).getpixel((0, 0))
+
+    size, (red, green, _) = colour("a red square (untrained)")
+    assert size == (32, 32) and green > 150 > red  # each tile is cut from its own place in the grid
+    size, (red, green, _) = colour(f"{EVIL} (stage2)")
+    assert size == (64, 64) and red > 150 > green
+    assert colour("a red square (real image)")[0] == (64, 64)
+
+
+def test_run_without_score_and_without_data(run):
+    for path in Path(run["folder"]).rglob("clip_score.json"):
+        path.unlink()
+    make(run | {"data": "", "rows": "stage1/0"})
+    assert read_json(run["output"])["rows"][0]["alignment"] is None
+    text = "".join(Page(Path(run["html"]).read_text()).words)
+    assert "Shuffled" not in text and "rows in the table" not in text and "real image " not in text
+
+
+def test_real_names_are_kept_for_the_real_networks(run):
+    for path in Path(run["folder"]).rglob("frechet_distance.json"):
+        record = read_json(path)
+        write_json(path, record | {"metric": "FID", "kernel": record["kernel"] | {"metric": "KID"}})
+    for path in Path(run["folder"]).rglob("clip_score.json"):
+        record = read_json(path)
+        del record["real"]
+        write_json(path, record | {"metric": "CLIPScore (clip-vit-b32)"})
+    make(run)
+    text = "".join(Page(Path(run["html"]).read_text()).words)
+    assert "FID at 64 px" in text and "KID" in text and "CLIPScore (clip-vit-b32)" in text
+    assert "not CLIPScore" not in text and "not the Inception" not in text
+
+
+@pytest.mark.parametrize(
+    "lost, message",
+    [
+        ("stage2/160/train.json", "train.json: not a readable JSON file"),
+        ("stage2/160/samples.json", "samples.json: not a readable JSON file"),
+        ("stage1/0/frechet_distance.json", "snakemake --force"),
+        ("stage1/config/train.yaml", "train.yaml: no such file"),
+        ("stage1/320/samples/grid0.png", "grid0.png: not a readable image"),
+    ],
+)
+def test_lost_input(run, lost, message):
+    (run["folder"] / lost).unlink()
+    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
+        make(run)
+    assert not run["output"].parent.exists()
+
+
+@pytest.mark.parametrize("rows", ["stage1", "stage1/x", ""])
+def test_rows_that_are_none(run, rows):
+    with pytest.raises(SystemExit, match="stage/images is expected, such as stage1/32000"):
+        make(run | {"rows": rows})
+
+
+def test_record_without_a_key(run):
+    write_json(run["folder"] / "stage1/0/frechet_distance.json", {"metric": "FID"})
+    with pytest.raises(SystemExit, match="lacks value, floor, kernel; make it again"):
+        make(run)
+
+
+# ---------------------------------------------------------------- curves
+@given(st.floats(1e-6, 1e12))
+def test_ticks_are_few_and_within(end):
+    found = report.ticks(end)
+    assert found[0] == 0 and 3 <= len(found) <= 7 and found[-1] <= end * (1 + 1e-9)
+    assert math.isclose(found[-1], end, rel_tol=0.5)
+
+
+def test_chart_places_points():
+    chart = report.chart("loss", [(0, 0), (50, 5), (100, 10)], width=360, height=190)
+    assert chart["raw"] == chart["smooth"] == "40.0,166.0 194.0,87.0 348.0,8.0"
+    assert chart["x_ticks"][0] == (40.0, "0") and chart["x_ticks"][-1] == (348.0, "100")
+    assert report.chart("loss", [(1, 0.0)])["raw"] == "348.0,166.0"
+
+
+def test_long_curves_are_thinned_and_smoothed():
+    points = [(i, i % 2) for i in range(3001)]
+    assert len(report.chart("loss", points)["raw"].split()) <= report.POINTS
+    assert all(abs(y - 0.5) < 0.01 for _, y in report.smoothed(points))
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0, "0"), (0.25, "0.25"), (999, "999"), (1500, "1.5k"), (2e6, "2M"), (3e9, "3G")]
+)
+def test_short_numbers(value, text):
+    assert report.short(value) == text

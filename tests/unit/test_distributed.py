@@ -1,0 +1,215 @@
+"""Rank and world from torchrun, SLURM or neither; real processes for what they do together."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.load import load_config
+from sdtrain.distributed import DistError, World
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2", "SLURM_JOB_ID": "123456"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, World(0, 1, 0, "single")),
+        (TORCHRUN, World(3, 4, 1, "torchrun")),
+        (SLURM, World(5, 8, 2, "slurm")),
+        ({**SLURM, **TORCHRUN}, World(3, 4, 1, "torchrun")),  # torchrun inside a SLURM job
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World(0, 1, 0, "single")),  # the batch shell of a job
+        ({"RANK": "1"}, World(0, 1, 0, "single")),
+    ],
+)
+def test_world_reads_the_launcher(environ, expected):
+    assert distributed.world(environ) == expected
+    assert expected.main == (expected.rank == 0)
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """Write a command of that name; SLURM's own, where it is installed, is out of the way."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def write(body: str):
+        path = tmp_path / "scontrol"
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    return write
+
+
+def test_slurm_ranks_meet_at_the_first_host(scontrol):
+    scontrol('[ "$1 $2 $3" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"')
+    env = {**SLURM, "SLURM_JOB_NODELIST": "node[7-8]"}
+    distributed._set_rendezvous(env)
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("node7", str(20000 + 123456 % 20000))
+    env = {**SLURM, "MASTER_ADDR": "chosen", "MASTER_PORT": "1"}
+    distributed._set_rendezvous(env)
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("chosen", "1")
+
+
+def test_scontrol_that_fails_or_is_absent_leaves_a_remedy(scontrol):
+    env = {**SLURM, "SLURM_JOB_NODELIST": "node7"}
+    with pytest.raises(
+        DistError, match="scontrol show hostnames node7: .*No such file.*set MASTER_ADDR to the job's first"
+    ):
+        distributed._set_rendezvous(env)
+    scontrol("exit 3")
+    with pytest.raises(DistError, match="scontrol show hostnames node7: .*exit status 3.*set MASTER_ADDR"):
+        distributed._set_rendezvous(env)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_another_number_of_ranks_than_planned_is_refused():
+    here = World(0, 2, 0, "slurm")
+    distributed.require_planned(None, here)
+    distributed.require_planned(2, here)
+    with pytest.raises(
+        DistError, match="distributed.world_size: 128 ranks were planned and 2 came .slurm.; .*launch line"
+    ):
+        distributed.require_planned(128, here)
+
+
+def test_one_process_needs_no_group(alone):
+    here, device = distributed.start()
+    assert here == World(0, 1, 0, "single") and device.type in ("cpu", "cuda")
+    assert distributed.total(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
+    assert distributed.least(7, torch.device("cpu")) == 7 and distributed.gather("a") == ["a"]
+    assert distributed.from_main("a") == "a" and distributed.cpu_group() is None and distributed.silent_ranks() == []
+    distributed.barrier()
+    distributed.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here")
+def test_nccl_without_cuda_says_what_to_set(alone):
+    assert distributed.start("nccl")[0].size == 1  # one process needs no backend: the seed's files run on a laptop
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        alone.setenv(name, value)
+    with pytest.raises(DistError, match="nccl needs CUDA, which is not here; set distributed.dist_backend=gloo"):
+        distributed.start("nccl")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of gloo")
+def test_processes_that_cannot_meet_say_where(alone):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        alone.setenv(name, value)
+    with pytest.raises(DistError, match="dist_backend=gloo, distributed.dist_url=env://: 2 processes cannot meet"):
+        distributed.start("gloo", timeout_minutes=0.01)
+    with pytest.raises(DistError, match="dist_backend=glue, .*cannot meet"):
+        distributed.start("glue", timeout_minutes=0.01)
+
+
+def agree(rank: int):
+    sums = distributed.total(torch.tensor([float(rank), 10.0])).tolist()
+    assert distributed.cpu_group(1.0).size() == 2 and distributed.from_main(["of", rank]) == ["of", 0]
+    return sums, distributed.least(5 - rank, torch.device("cpu")), distributed.gather({"rank": rank})
+
+
+def test_ranks_add_up_and_agree():
+    (sums, least, gathered), other = run_ranks(agree, 2)
+    assert (sums, least) == other[:2] == ([1.0, 20.0], 4)
+    assert gathered == [{"rank": 0}, {"rank": 1}] and other[2] is None
+
+
+def meet(rank: int, system) -> list[float]:
+    """Leave the group and meet again where a `system` section says."""
+    distributed.stop()
+    distributed.start(system.dist_backend, system.dist_url, timeout_minutes=0.5)
+    return distributed.total(torch.tensor([1.0, float(rank)])).tolist()
+
+
+def test_ranks_meet_where_they_are_told(tmp_path):
+    where = ["distributed.dist_backend=gloo", f"distributed.dist_url=file://{tmp_path}/store"]
+    section = load_config(schema.StageConfig, overrides=where).system
+    assert run_ranks(meet, 2, section) == [[2.0, 1.0]] * 2 and (tmp_path / "store").exists()
+
+
+def lose(rank: int, dead: int, folder) -> list[int]:
+    """One rank dies; the others come to an exchange that fails, and ask who is silent."""
+    distributed.barrier()  # all have met
+    if rank == dead:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        distributed.total(torch.zeros(1))
+    except RuntimeError:
+        silent = distributed.silent_ranks(2.0)
+        (folder / str(rank)).write_text(str(silent))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_died_is_found_out(tmp_path, dead):
+    with pytest.raises(AssertionError, match="came to no end"):
+        run_ranks(lose, 2, dead, tmp_path)
+    assert (tmp_path / str(1 - dead)).read_text() == str([dead])
+
+
+# ---------------------------------------------------------------- sizes
+def system(**values):
+    return load_config(schema.SystemConfig, values={"dist_backend": None, "dist_url": "", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "expected"),
+    [
+        ({"batch_size": 4}, 2, (4, 1, 8)),
+        ({"batch_size": 4, "gradient_accumulation": 3}, 2, (4, 3, 24)),
+        ({"batch_size": 4, "global_batch": 64}, 2, (4, 8, 64)),
+        ({"batch_size": 4, "global_batch": 64, "gradient_accumulation": 99}, 16, (4, 1, 64)),
+    ],
+)
+def test_the_global_batch_decides_the_accumulation(values, world_size, expected):
+    assert distributed.batch_sizes(system(**values), world_size) == expected
+
+
+def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
+    with pytest.raises(
+        DistError, match="global_batch: 50 is no multiple of 2 ranks x system.batch_size=8; set it to 48"
+    ):
+        distributed.batch_sizes(system(batch_size=8, global_batch=50), 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+def test_auto_needs_a_gpu():
+    with pytest.raises(DistError, match="system.batch_size: auto looks for what fits a GPU, and there is none"):
+        distributed.batch_sizes(system(batch_size="auto", global_batch=64), 2)
+
+
+def test_auto_needs_a_global_batch_of_whole_shares(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, None, 64)
+    for size in (None, 63):
+        with pytest.raises(DistError, match=f"system.global_batch, a multiple of the 2 ranks; it is {size}"):
+            distributed.batch_sizes(system(batch_size="auto", global_batch=size), 2)
+
+
+# ---------------------------------------------------------------- signals
+def test_signals_are_noted_and_at_the_end_ignored():
+    before = {number: signal.getsignal(number) for number in distributed.Stop.SIGNALS}
+    try:
+        for number in distributed.Stop.SIGNALS:
+            stop = distributed.Stop()
+            stop.listen()
+            assert stop.name is None and not stop.agreed
+            os.kill(os.getpid(), number)
+            assert stop.name == signal.Signals(number).name
+        stop.ignore()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,71 @@
+"""What may go on in a folder, and what another training's folder says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sdtrain.training.checkpoint import CheckpointError
+from sdtrain.training.identity import Identity, claim
+
+DECISIVE = {"system": {"global_batch": 64}, "optimizer": {"params": {"learning_rate": 0.1}}, "objective": {"gamma": 5}}
+
+
+@pytest.fixture
+def own(tmp_path) -> Identity:
+    """A training by hand that has claimed its folder."""
+    identity = Identity(tmp_path, {"dataset": "aa", "vae": "bb"}, DECISIVE, frozen=False)
+    claim(identity, anew=False)
+    return identity
+
+
+def changed(identity: Identity, **values) -> Identity:
+    return dataclasses.replace(identity, **values)
+
+
+def with_batch(identity: Identity, size: int) -> Identity:
+    return changed(identity, decisive={**DECISIVE, "system": {"global_batch": size}})
+
+
+def with_rate(identity: Identity, rate: float) -> Identity:
+    return changed(identity, decisive={**DECISIVE, "optimizer": {"params": {"learning_rate": rate}}})
+
+
+def test_the_key_is_that_of_all_that_decides(own):
+    assert own.saves == own.folder / "checkpoints" / own.key and len(own.key) == 16
+    assert json.loads((own.saves / "about.json").read_text()) == own.about
+    keys = {i.key for i in (own, with_batch(own, 32), with_rate(own, 0.2), changed(own, sources={"dataset": "cc"}))}
+    assert len(keys) == 4 and changed(own, frozen=True, folder=Path("elsewhere")).key == own.key
+
+
+def test_the_same_training_goes_on(own):
+    claim(own, anew=False)
+    claim(changed(own, frozen=True), anew=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_another_global_batch_is_refused_with_what_to_set(own, frozen):
+    with pytest.raises(CheckpointError, match="saw 64 images a step, this launch 32 .*system.global_batch=64"):
+        claim(changed(with_batch(own, 32), frozen=frozen), anew=False)
+    assert not with_batch(own, 32).saves.exists()
+    claim(with_batch(own, 32), anew=True)
+
+
+def test_by_hand_another_training_is_refused_with_what_differs(own):
+    other = changed(with_rate(own, 0.2), sources={"dataset": "aa", "vae": "cc"})
+    named = "optimizer.params.learning_rate, the fingerprint of vae differ.*experiment.requeue=false.*experiment.name"
+    with pytest.raises(CheckpointError, match=named):
+        claim(other, anew=False)
+    claim(other, anew=True)
+
+
+def test_what_the_workflow_planned_starts_beside_the_old(own):
+    planned = changed(with_rate(own, 0.2), frozen=True)
+    claim(planned, anew=False)
+    assert sorted(os.listdir(own.folder / "checkpoints")) == sorted([own.key, planned.key])
+    with pytest.raises(CheckpointError, match="saw 64 images a step, this launch 16"):  # of either of them
+        claim(changed(with_batch(own, 16), frozen=True), anew=False)

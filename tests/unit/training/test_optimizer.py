@@ -1,0 +1,94 @@
+"""AdamW whose state is there from the start and known by name, and the learning rate of each step in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sdtrain.config import schema
+from sdtrain.config.load import load_config
+from sdtrain.training.optimizer import adamw, learning_rate, state_by_name
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes):
+    return load_config(schema.OptimizerConfig, values=changes)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def train(module: nn.Module, optimizer, steps: int) -> list[torch.Tensor]:
+    for step in range(steps):
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (module(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_made_beforehand_changes_nothing(fused):
+    ours, theirs = network(), network()
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-8)
+    found, expected = train(ours, adamw(ours, settings(fused=fused)), 5), train(theirs, plain, 5)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6 * fused, atol=1e-7 * fused)
+
+
+def test_the_settings_reach_it():
+    params = {"learning_rate": 0.5, "beta1": 0.7, "beta2": 0.8, "weight_decay": 0.3, "epsilon": 0.1}
+    (group,) = adamw(network(), settings(params=params)).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.7, 0.8), 0.3, 0.1)
+
+
+def test_frozen_weights_have_no_state():
+    module = network()
+    module[0].requires_grad_(False)
+    optimizer = adamw(module, settings())
+    assert list(state_by_name(optimizer, module)) == ["2.weight", "2.bias"]
+    before = module[0].weight.clone()
+    train(module, optimizer, 2)
+    assert torch.equal(module[0].weight, before)
+
+
+def test_a_state_read_in_place_goes_on_exactly():
+    whole = network()
+    expected = train(whole, adamw(whole, settings()), 1)
+    one, two = network(), network()
+    first, second = adamw(one, settings()), adamw(two, settings())
+    train(one, first, 1)
+    for name, tensors in state_by_name(first, one).items():
+        for key, tensor in tensors.items():
+            state_by_name(second, two)[name][key].copy_(tensor)
+    two.load_state_dict(one.state_dict())
+    again = [train(module, optimizer, 3) for module, optimizer in ((one, first), (two, second))]
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+    assert not torch.equal(again[0][0], expected[0])
+
+
+# ---------------------------------------------------------------- schedule
+def schedule(scheduler: str, **params):
+    values = {"learning_rate": 2.0, **params}
+    return load_config(schema.LRConfig, values={"scheduler": scheduler, "params": values})
+
+
+def test_constant_with_warmup_rises_in_equal_steps_and_stays():
+    rates = [learning_rate(s, 100, schedule("ConstantWithWarmup", warmup_length=4)) for s in range(8)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert learning_rate(0, 100, schedule("ConstantWithWarmup", warmup_length=0)) == 2.0
+
+
+def test_the_cosine_falls_to_its_end():
+    falling = schedule("CosineWithWarmup", warmup_length=10, decay_from=0.5, final=0.1)
+    assert [learning_rate(s, 100, falling) for s in (9, 10, 50)] == [2.0, 2.0, 2.0]
+    for step in (60, 75, 99, 100):
+        expected = 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 50) / 50)) / 2)
+        assert learning_rate(step, 100, falling) == pytest.approx(expected)
+    assert learning_rate(500, 100, falling) == pytest.approx(0.2)  # past its end it stays

@@ -1,0 +1,4 @@
+"""Samples, features, metrics and the report.
+
+Imports every wing except `orchestration`.
+"""

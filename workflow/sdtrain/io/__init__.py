@@ -1,0 +1,4 @@
+"""Local and remote files, and nothing of what they contain.
+
+Imports `errors` only.
+"""

@@ -1,0 +1,148 @@
+"""A KL autoencoder in training: its network, the terms of its loss, its quality, and latents of unit variance.
+
+Images are float N x 3 x H x W in [-1, 1], latents N x C x h x w. The loss is that of Rombach et al. 2022 (arXiv
+2112.10752) without its adversarial term, with terms that small networks need.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+
+from sdtrain.models.parts import ModelError
+
+TERMS = ("l1", "l2", "low_pass", "gradient", "chroma", "kl", "perceptual")  # the weights of an AutoencoderLoss
+
+
+# ---------------------------------------------------------------- the network
+def build(params: dict, resolution: int) -> AutoencoderKL:
+    """An AutoencoderKL with these parameters that encodes images of `resolution` pixels a side, and of twice that.
+
+    Raises ModelError, naming the key, for parameters and resolutions that it cannot work with.
+    """
+    try:
+        _check_groups(params)
+        vae = AutoencoderKL(**params)
+        side = latent_side(vae, resolution)
+        with torch.no_grad():
+            latents = vae.encode(torch.zeros(1, 3, resolution, resolution)).latent_dist.mode()
+            shapes = [tuple(latents.shape[-2:]), tuple(vae.decode(latents).sample.shape[1:])]
+    except ModelError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"params: AutoencoderKL refuses them: {reason}") from error
+    if shapes != [(side, side), (3, resolution, resolution)]:
+        raise ModelError(
+            f"params: with them an image of {resolution} pixels has latents of {shapes[0]} and comes back as "
+            f"{shapes[1]}; set a down_block_types and an up_block_types for each of block_out_channels"
+        )
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ModelError("params: latents are normalised in quant_conv and post_quant_conv; leave both in use")
+    return vae
+
+
+def _check_groups(params: dict) -> None:
+    """Refuse groups that do not divide the channels of every level."""
+    values = {key: p.default for key, p in inspect.signature(AutoencoderKL).parameters.items()} | params
+    groups, channels = values["norm_num_groups"], values["block_out_channels"]
+    if groups < 1 or any(c % groups for c in channels):
+        common = math.gcd(*channels)
+        fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ModelError(f"params.norm_num_groups: {groups} does not divide all of {list(channels)}; {fit} do")
+
+
+def latent_side(vae: AutoencoderKL, resolution: int) -> int:
+    """The side of the latents of images of `resolution` pixels; ModelError where the halvings do not divide that."""
+    step = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution < 1 or resolution % step:
+        below = max(step, resolution // step * step)
+        near = f"{below} or {below + step}"
+        raise ModelError(f"resolution: {resolution} is no multiple of {step}, by which params divides: set {near}")
+    return resolution // step
+
+
+class Reconstruction(nn.Module):
+    """Images there and back through a sample of the posterior: one module, so that ranks can share its gradient."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """With standard normal noise of the latents' shape: the output, and the posterior's mean and log variance, all
+        float32."""
+        posterior = self.vae.encode(images).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + (logvar / 2).exp() * noise
+        return self.vae.decode(latents).sample.float(), mean, logvar
+
+
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Images there and back through the posterior's mean, in [-1, 1]."""
+    return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- loss and quality
+def loss_terms(
+    output: torch.Tensor,
+    images: torch.Tensor,
+    mean: torch.Tensor,
+    logvar: torch.Tensor,
+    weights,
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Each term of an AutoencoderLoss times its weight, where that is not 0, a scalar; their sum is the loss.
+
+    `mean` and `logvar` are the posterior's; `distance`, of two batches of images in 0..255, is the perceptual one, N.
+    """
+    error = output - images
+    terms = {
+        "l1": lambda: error.abs().mean(),
+        "l2": lambda: error.square().mean(),
+        "low_pass": lambda: F.avg_pool2d(error, 4).abs().mean(),
+        "gradient": lambda: error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+        "chroma": lambda: (error - error[:, 1:2])[:, ::2].abs().mean(),  # R-G and B-G
+        "kl": lambda: kl_divergence(mean, logvar),
+        "perceptual": lambda: distance((output + 1) * 127.5, (images + 1) * 127.5).mean(),
+    }
+    return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
+
+
+def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+    """KL of normals from the unit normal, mean over all values (Kingma & Welling 2014, arXiv 1312.6114)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+
+
+def psnr(output: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image, dB, N."""
+    return -10 * ((output - images) / 2).square().flatten(1).mean(1).log10()
+
+
+# ---------------------------------------------------------------- normalised latents
+def latent_statistics(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, 0.001 at least, by channel, C each, of the posteriors' means."""
+    flat = means.transpose(0, 1).flatten(1)
+    return flat.mean(1), flat.std(1).clamp(min=1e-3)  # a channel that says nothing is not blown up
+
+
+@torch.no_grad()
+def fold_normalisation(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Make latents zero-mean and unit-variance by channel, exactly, inside the 1x1 convolutions around them.
+
+    A pipeline knows one scalar scaling factor; after this it is 1. `mean` and `std` have one value a latent channel.
+    """
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= std.view(-1, 1, 1, 1)
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2.0 * std.log()  # log variances
+    post.bias += torch.einsum("oi,i->o", post.weight[:, :, 0, 0], mean)
+    post.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)

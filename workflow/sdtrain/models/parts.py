@@ -1,0 +1,409 @@
+"""Factory: VAE, text encoder, tokenizer, scheduler, UNet from `pretrained` or `target` + `params`; attention choice."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers.models.attention_processor import Attention
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdtrain.errors import SDTrainError
+
+transformers.utils.logging.disable_progress_bar()  # a frozen part is read in a blink
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class ModelError(SDTrainError, ValueError):
+    """A model that cannot be built; the message names the key and the remedy."""
+
+
+@dataclass
+class Parts:
+    """The parts of a latent diffusion model; `folders` says which local folder a frozen part came from."""
+
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: object
+    scheduler: object
+    unet: nn.Module
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def named(self) -> dict[str, object]:
+        """The frozen parts by the names that a diffusers pipeline gives them."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def to(self, device: torch.device) -> Parts:
+        """Move the networks."""
+        for module in (self.vae, self.text_encoder, self.unet):
+            module.to(device)
+        return self
+
+
+def load_parts(model) -> Parts:
+    """Build every part of a stage's `model` section; the frozen ones are in eval mode and need no gradient.
+
+    A part's own `pretrained` or `target` comes before `model.pretrained`, the whole pipeline. Raises ModelError naming
+    the key of a part that is not declared, not there or does not fit the others. Local folders are read from disk
+    alone.
+    """
+    built = {name: load_part(name, model) for name in (*PARTS, "unet")}
+    folders = {}
+    for name in ("vae", "text_encoder", "tokenizer"):
+        source = _source(name, model)
+        if source and Path(source).is_dir():
+            folders[name] = Path(source, _subfolder(source, name)[1] or "")
+    parts = Parts(**built, folders=folders)
+    check_fit(parts)
+    return parts
+
+
+def load_part(name: str, model):
+    """Build one part of a `model` section; a VAE or text encoder comes frozen.
+
+    A text encoder is any encoder of transformers that has `last_hidden_state` first: CLIP's, BERT and its kin, T5's.
+    A pretrained scheduler keeps its configuration under the section's own `params`, and under its `target`.
+    """
+    part, source = model[name], _source(name, model)
+    if source:
+        built = _from_pretrained(name, *_subfolder(source, name))
+        if name == "scheduler":
+            built = _changed_scheduler(built, part) if part.target or part.params else built
+        elif part.params and not part.target:
+            where = f"model.{name}.pretrained" if part.pretrained else "model.pretrained"
+            raise ModelError(
+                f"model.{name}.params: {where} brings its own; set model.{name}.target, or leave params out"
+            )
+    elif part.target:
+        built = _from_target(name, part)
+    else:
+        raise ModelError(f"model.{name}: set model.{name}.pretrained, model.{name}.target, or model.pretrained")
+    return built.requires_grad_(False).eval() if name in ("vae", "text_encoder") else built
+
+
+def _source(name: str, model) -> str | None:
+    """The folder or hub address of a part: its own, else the whole pipeline's unless a target is declared."""
+    return model[name].pretrained or (None if model[name].target else model.pretrained)
+
+
+def check_fit(parts: Parts) -> None:
+    """Refuse parts whose shapes do not fit each other."""
+    unet, width, channels = parts.unet.config, parts.text_encoder.config.hidden_size, parts.vae.config.latent_channels
+    if "cross_attention_dim" not in unet:
+        raise ModelError(f"model.unet.target: {type(parts.unet).__name__} takes no captions; UNet2DConditionModel does")
+    key = "encoder_hid_dim" if unet.encoder_hid_dim else "cross_attention_dim"  # the width of the states it takes
+    if any(w != width for w in _per_level(unet[key], 1)):
+        raise ModelError(
+            f"model.unet.params.{key}: {unet[key]}, but the text encoder's states are {width} wide: set that"
+        )
+    for key in ("in_channels", "out_channels"):
+        if unet[key] != channels:
+            raise ModelError(f"model.unet.params.{key}: {unet[key]}, but the VAE's latents have {channels} channels")
+    check_length(parts.tokenizer, parts.text_encoder)
+
+
+def check_resolution(parts: Parts, resolution: int) -> int:
+    """The side of the latents of images of `resolution` pixels a side; an exported pipeline draws that size by default.
+
+    Raises ModelError for a resolution that the VAE's and the UNet's halvings do not divide.
+    """
+    vae, unet = (2 ** (len(net.config.block_out_channels) - 1) for net in (parts.vae, parts.unet))
+    step = vae * unet
+    if resolution < 1 or resolution % step:
+        below = max(0, resolution // step * step)
+        nearest = f"{below} or {below + step}" if below else step
+        why = f"the VAE divides by {vae}, the UNet by {unet}"
+        raise ModelError(f"dataset.params.resolution: {resolution} is no multiple of {step} ({why}): set {nearest}")
+    side, given = resolution // vae, parts.unet.config.sample_size
+    if given not in (None, side):
+        why = f"as latents of {resolution} pixels are"
+        warnings.warn(f"model.unet.params.sample_size: {given} gives way to {side}, {why}", stacklevel=2)
+    parts.unet.register_to_config(sample_size=side)
+    return side
+
+
+def check_length(tokenizer, text_encoder: nn.Module) -> None:
+    """Refuse a tokenizer that pads captions to more tokens than the text encoder takes, or without end."""
+    length, limit = tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None)
+    if length > (limit or 10_000):  # where tokenizer_config.json says nothing, it is 10^30; T5 knows no limit
+        takes = f", the text encoder takes {limit}" if limit else ""
+        remedy = f"set model_max_length to {limit or 512} at most in its tokenizer_config.json"
+        raise ModelError(f"model.tokenizer: pads captions to {length} tokens{takes}; {remedy}")
+
+
+def _subfolder(source: str, name: str) -> tuple[str, str | None]:
+    """Where a part lies: in its subfolder of a pipeline, or at the root of its own folder."""
+    if not Path(source).is_dir():  # a hub address: a pipeline's, by its usual layout
+        if source.startswith((".", "/")) or source.count("/") != 1:
+            raise ModelError(
+                f"model.{name}.pretrained: {source}: no such folder; make it with: snakemake {source}.json"
+            )
+        return source, name
+    return source, name if Path(source, name).is_dir() else None
+
+
+def _from_pretrained(name: str, source: str, subfolder: str | None, key: str | None = None):
+    where = {"subfolder": subfolder} if subfolder else {}
+    try:
+        if name == "tokenizer":
+            return transformers.AutoTokenizer.from_pretrained(source, **where)
+        if name == "scheduler":
+            config = diffusers.DDPMScheduler.load_config(source, **where)
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+        if name == "text_encoder":
+            return _text_encoder_class(source, where).from_pretrained(source, dtype=torch.float32, **where)
+        cls = diffusers.AutoencoderKL if name == "vae" else diffusers.UNet2DConditionModel
+        return cls.from_pretrained(source, torch_dtype=torch.float32, **where)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        key = key or f"model.{name}.pretrained"
+        raise ModelError(f"{key}: {source}: not loadable: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _text_encoder_class(source: str, where: dict):
+    """The encoder half of a model that has two (CLIP, T5), else what the folder's configuration names."""
+    found = transformers.AutoConfig.from_pretrained(source, **where)
+    if found.model_type == "clip":
+        return transformers.CLIPTextModel
+    return transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(found), transformers.AutoModel)
+
+
+def _from_target(name: str, part):
+    cls, params = _target_class(name, part.target), OmegaConf.to_container(part.params, resolve=True)
+    if "vocab_file" in params:  # transformers 5 passes over it, and makes up numbers for tokens
+        raise ModelError(
+            f"model.{name}.params.vocab_file: is not read; set vocab and merges, or model.{name}.pretrained"
+        )
+    with _refusals(name, cls):
+        _check_divisors(name, cls, params)
+        return cls(**params)
+
+
+def _changed_scheduler(scheduler, part):
+    """A pretrained scheduler with the class and the parameters that its section sets."""
+    cls = _target_class("scheduler", part.target) if part.target else type(scheduler)
+    params = OmegaConf.to_container(part.params, resolve=True)
+    if unknown := sorted(params.keys() - inspect.signature(cls).parameters.keys()):
+        raise ModelError(f"model.scheduler.params.{unknown[0]}: {cls.__name__} has no such parameter")
+    with _refusals("scheduler", cls):
+        return cls.from_config(scheduler.config, **params)
+
+
+def _target_class(name: str, target: str) -> type:
+    module, _, cls = target.rpartition(".")
+    library = {"": diffusers, "diffusers": diffusers, "transformers": transformers}.get(module)
+    if library is None or not isinstance(getattr(library, cls, None), type):
+        raise ModelError(f"model.{name}.target: {target}: a class of diffusers or transformers is expected")
+    return getattr(library, cls)
+
+
+@contextlib.contextmanager
+def _refusals(name: str, cls: type):
+    """Turn whatever a class raises at its arguments into a ModelError that names the key."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError, OSError) as error:
+        raise ModelError(f"model.{name}.params: {cls.__name__} refuses them: {_first_line(error)}") from error
+
+
+def _check_divisors(name: str, cls: type, params: dict) -> None:
+    """Refuse groups and attention heads that do not divide the channels of their level."""
+    values = {key: p.default for key, p in inspect.signature(cls).parameters.items()} | params
+    channels, groups = values.get("block_out_channels"), values.get("norm_num_groups")
+    if channels and groups is not None and (groups < 1 or any(c % groups for c in channels)):
+        fit = _divisors(math.gcd(*channels))
+        raise ModelError(f"model.{name}.params.norm_num_groups: {groups} does not divide all of {channels}; {fit} do")
+    if cls is diffusers.UNet2DConditionModel:
+        _check_heads(values)
+
+
+def _check_heads(unet: dict) -> None:
+    """diffusers' `attention_head_dim` is the number of heads of a level: of its blocks on the way down and up, and of
+
+    the middle one, which is as wide as the last. Where they leave a rest, it would build narrower attention, silently.
+    """
+    channels, key = unet["block_out_channels"], "model.unet.params.attention_head_dim"
+    levels = [set(kinds) for kinds in zip(unet["down_block_types"], reversed(unet["up_block_types"]), strict=False)]
+    levels[-1].add(unet["mid_block_type"])
+    heads = _per_level(unet["attention_head_dim"], len(levels))
+    for i, (kinds, count, width) in enumerate(zip(levels, heads, channels, strict=False)):
+        if (count < 1 or width % count) and kinds & {
+            "CrossAttnDownBlock2D",
+            "CrossAttnUpBlock2D",
+            "UNetMidBlock2DCrossAttn",
+        }:
+            remedy = f"{_divisors(width)} do"
+            raise ModelError(f"{key}: {count} heads do not divide the {width} channels of level {i}; {remedy}")
+
+
+def _per_level(value, levels: int) -> list:
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def load_weights(unet: nn.Module, folder: str | Path, key: str, which: str = "ema") -> None:
+    """Give `unet` the weights of the one in a pipeline folder, or in its own.
+
+    `which` of two: "ema", what the pipeline samples with, or "raw". A pipeline trained without an average has no
+    `unet_raw`, for its `unet` is that. Raises ModelError, naming `key`, where they do not fit.
+    """
+    if not Path(folder).is_dir():
+        raise ModelError(f"{key}: {folder}: no such folder")
+    names = ("unet_raw", "unet") if which == "raw" else ("unet",)
+    subfolder = next((name for name in names if Path(folder, name).is_dir()), None)
+    try:
+        unet.load_state_dict(_from_pretrained("unet", str(folder), subfolder, key).state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ModelError(f"{key}: {folder}: these weights do not fit model.unet: {reason}") from error
+
+
+def set_attention(
+    unet: nn.Module, xformers: bool, attention: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Use xformers' attention where asked for and possible, torch's otherwise; try the kernel of torch's that is named.
+
+    `dtype` is that of the training's matrix products. Raises ModelError for what cannot run here.
+    """
+    if xformers and attention:
+        raise ModelError(
+            "model.attention: xformers has a kernel of its own; set model.xformers=false or leave this out"
+        )
+    if attention:
+        _try_kernel(unet, attention, device, dtype)
+    if xformers and device.type != "cuda":
+        warnings.warn("model.xformers: needs CUDA; torch's own attention is used on this device", stacklevel=2)
+    elif xformers:
+        _use_xformers(unet)
+
+
+def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
+    """A context in which torch's attention is computed by one kernel: flash (Dao et al. 2022, arXiv 2205.14135),
+
+    efficient (Rabe & Staats 2021, arXiv 2112.05682), cudnn or math; torch's own choice without a name. It may be
+    entered many times. It is meant for the forward and backward of the UNet (checkpointing computes the forward again
+    in the backward), and for nothing else: not every kernel takes the wide heads of a VAE or a text encoder's mask.
+    """
+    return _Kernel(KERNELS[name]) if name else contextlib.nullcontext()
+
+
+class _Kernel:
+    """torch's `sdpa_kernel`, which can be entered only once, made anew each time."""
+
+    def __init__(self, backend: SDPBackend):
+        self.backend = backend
+
+    def __enter__(self):
+        self.context = sdpa_kernel(self.backend)
+        self.context.__enter__()
+
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
+
+
+def _try_kernel(unet: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """One small forward and backward at each width of the UNet's heads."""
+    for width in sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}):
+        x = torch.ones(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
+        try:
+            with attention_kernel(name):
+                nn.functional.scaled_dot_product_attention(x, x, x).sum().backward()
+        except RuntimeError as error:
+            case = f"on {device.type} with {str(dtype).removeprefix('torch.')} and heads {width} wide"
+            raise ModelError(f"model.attention: {name} cannot run {case}; leave it out, or name another") from error
+
+
+def _use_xformers(unet: nn.Module) -> None:
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except ModuleNotFoundError:
+        remedy = "pip install -r requirements/gpu.txt, or set model.xformers=false"
+        raise ModelError(f"model.xformers: the package is not installed: {remedy}") from None
+    except (ValueError, RuntimeError) as error:  # no CUDA device, or a build for another one
+        raise ModelError(f"model.xformers: cannot run here: {_first_line(error)}; set model.xformers=false") from error
+
+
+class TextEncoding:
+    """Captions -> states of the frozen text encoder, as StableDiffusionPipeline computes them.
+
+    Captions seen before come from a cache of `cache` entries: small datasets encode each caption once.
+    """
+
+    def __init__(self, tokenizer, encoder: nn.Module, device: torch.device, cache: int = 2048):
+        self.tokenizer, self.encoder, self.device, self.cache = tokenizer, encoder, device, cache
+        self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        """States float32 N x tokens x width."""
+        unknown = sorted({c for c in captions if c not in self._known})
+        if unknown:
+            fresh = dict(zip(unknown, self._encode(unknown), strict=True))
+        states = torch.stack([self._known[c] if c in self._known else fresh[c] for c in captions])
+        if unknown:
+            self._known.update(fresh)
+            while len(self._known) > self.cache:
+                self._known.popitem(last=False)
+        return states
+
+    def _encode(self, captions: list[str]) -> torch.Tensor:
+        tokens = self.tokenizer(
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        # the pipeline passes a mask only to encoders whose configuration asks for it; training must do the same
+        masked = getattr(self.encoder.config, "use_attention_mask", False)
+        return self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float()
+
+
+def encode_images(vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Scaled float32 latents N x C x h x w of images N x 3 x H x W in [-1, 1]: the posterior's mean, or, with standard
+
+    normal `noise` of the latents' shape, the sample mean + deviation * noise.
+    """
+    mean, deviation = encode_moments(vae, pixels)
+    return mean if noise is None else mean + deviation * noise
+
+
+@torch.no_grad()
+def encode_moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the posterior of images N x 3 x H x W in [-1, 1], both float32 and scaled."""
+    posterior = vae.encode(pixels).latent_dist
+    mean = (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return mean, posterior.std.float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Images N x 3 x H x W, float32 in [-1, 1], of scaled latents."""
+    return (
+        vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.float().clamp(-1, 1)
+    )

@@ -1,0 +1,4 @@
+"""The training loop, the tasks it runs, and their parts.
+
+Imports `errors`, `io`, `config`, `distributed`, `models` and `data`.
+"""

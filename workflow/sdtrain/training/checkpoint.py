@@ -1,0 +1,322 @@
+"""Save, find and load the whole training state; export a diffusers pipeline.
+
+A checkpoint is a folder of torch.distributed.checkpoint, named by images seen, in a folder keyed by the fingerprint of
+what decides the weights. Every rank writes its share in the background; the folder appears whole or not at all, older
+ones go only when the new one is there, and any number of ranks, replicated or sharded, can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
+
+from sdtrain.distributed import is_lost
+from sdtrain.errors import SDTrainError
+from sdtrain.io.files import write_json, write_text
+
+# One process without a process group is meant so
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+class CheckpointError(SDTrainError, RuntimeError):
+    """A checkpoint or run folder that cannot be used; the message names it and the remedy."""
+
+
+# ---------------------------------------------------------------- the state of a training
+class Checkpoints:
+    """The checkpoints of one training, whose `state` is a nested dict of its live tensors, on every rank the same keys.
+
+    All ranks call `save`, `finish` and `load` together. `keep` is how many of the newest stay (None: all); those at
+    the image counts in `always` stay too. `group` is a process group with a CPU backend, None for one process.
+    """
+
+    def __init__(
+        self, folder: str | Path, state: dict, *, main=True, group=None, keep: int | None = 1, always: set[int] = ()
+    ):
+        self.folder, self.state, self.main, self.group = Path(folder), state, main, group
+        self.keep, self.always = keep, set(always)
+        self.pending: tuple[int, object] | None = None
+        self.newest: int | None = None  # images of what was last written, or read
+
+    def saved(self) -> list[int]:
+        """Images seen of the whole checkpoints here, ascending."""
+        whole = (path.parent.name for path in self.folder.glob("*/.metadata"))
+        return sorted(int(name) for name in whole if name.isdigit())
+
+    def save(self, images: int) -> None:
+        """Copy the state as it is now, and write it as `{images}` in the background. Raises what `finish` raises."""
+        self.finish()
+        aside = self.folder / f".{images}.tmp"
+        if self.main:
+            with self._named(images):
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True, exist_ok=True)
+        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)  # staged on the CPU already: no GPU is asked
+        with self._named(images):
+            future = dcp.async_save(
+                self.state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
+            )
+        self.pending = images, future
+
+    def settled(self) -> bool:
+        """Whether the last save has come to an end on this rank, well or not."""
+        return self.pending is not None and self.pending[1].done()
+
+    def finish(self) -> None:
+        """Wait for the save under way, put it in place, then delete what is no longer to be kept.
+
+        Raises CheckpointError on every rank where one of them could not write; the checkpoints before are untouched.
+        """
+        if self.pending is None:
+            return
+        (images, future), self.pending = self.pending, None
+        with self._named(images):
+            future.result()
+            self.newest = images
+            if self.main:
+                remove_checkpoint(self.folder, images)  # one that was half deleted would be in the way
+                os.replace(self.folder / f".{images}.tmp", self.folder / str(images))
+                self._prune(images)
+        if self.group is not None:
+            dist.barrier(self.group)  # it is in place for all
+
+    def _prune(self, newest: int) -> None:
+        if self.keep is None:
+            return
+        rolling = [i for i in self.saved() if i <= newest and i not in self.always]
+        for images in rolling[: -self.keep or None]:
+            remove_checkpoint(self.folder, images)
+
+    @contextlib.contextmanager
+    def _named(self, images: int) -> Iterator[None]:
+        """Turn a failed write into one message, and clear away its traces."""
+        try:
+            yield
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            if is_lost(error):
+                raise
+            if self.main:
+                shutil.rmtree(self.folder / f".{images}.tmp", ignore_errors=True)
+            path = self.folder / str(images)
+            raise CheckpointError(
+                f"{path}: could not be saved ({_reason(error)}); the checkpoint before it is untouched"
+            ) from error
+
+    def load(self, images: int) -> None:
+        """Read a checkpoint into the live tensors. Nothing in it is executed.
+
+        Raises CheckpointError for one that is damaged or of another architecture.
+        """
+        path, self.newest = self.folder / str(images), images
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.load(self.state, storage_reader=_Reader(path), process_group=self.group, no_dist=self.group is None)
+        except (Exception, dcp.CheckpointException) as error:
+            if is_lost(error):
+                raise
+            raise CheckpointError(
+                f"{path}: unreadable checkpoint, or one of another architecture ({_reason(error)}); "
+                "delete it to go on from the one before"
+            ) from error
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads tensors only: of the pickled index, nothing but torch's own plain classes is made."""
+
+    def read_metadata(self, *args, **kwargs) -> dcp_metadata.Metadata:
+        """The index of a checkpoint's tensors."""
+        with open(Path(self.path, ".metadata"), "rb") as file:
+            found = _Unpickler(file).load()
+        odd = [k for k, v in found.state_dict_metadata.items() if not isinstance(v, dcp_metadata.TensorStorageMetadata)]
+        if odd:
+            raise pickle.UnpicklingError(f"{odd[0]}: not a tensor")
+        found.storage_meta = found.storage_meta or dcp_metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+INDEX_NAMES = {  # all that an index of tensors is made of
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+        *("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        """A class that an index of tensors is made of; anything else is refused."""
+        if name not in INDEX_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+def _reason(error: BaseException) -> str:
+    """What one rank ran into, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = sorted(failures.items())[0]
+        return f"rank {rank}: {_reason(cause)}" if len(failures) < 2 else _reason(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def remove_checkpoint(folder: Path, images: int) -> None:
+    """Delete a checkpoint; one that is half deleted no longer counts as one."""
+    path = Path(folder, str(images))
+    (path / ".metadata").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- milestones
+def start_milestone(checkpoints: Checkpoints, images: int, previous: int, code: str) -> None:
+    """Prepare for the job that trains up to `images` images, having `previous` behind it.
+
+    `previous` is where the milestone before it ended, with a whole batch. A finished milestone's mark holds what code
+    it was trained with. Asked for again with other code, it is trained again from the milestone before; with the same
+    code that would give the same weights, so what is there is only exported again.
+    """
+    for remains in checkpoints.folder.glob(".*.tmp"):  # of saves that were killed
+        shutil.rmtree(remains, ignore_errors=True)
+    mark = checkpoints.folder / f"{images}.done"
+    if mark.exists() and mark.read_text().strip() != code:
+        wipe(checkpoints, previous)
+
+
+def wipe(checkpoints: Checkpoints, previous: int) -> None:
+    """Delete checkpoints and marks past `previous` images."""
+    for images in checkpoints.saved():
+        if images > previous:
+            remove_checkpoint(checkpoints.folder, images)
+    for mark in checkpoints.folder.glob("*.done"):
+        if int(mark.stem) > previous:
+            mark.unlink()
+
+
+def finish_milestone(checkpoints: Checkpoints, images: int, code: str) -> None:
+    """Mark a milestone as finished; call it once its declared result is written."""
+    write_text(checkpoints.folder / f"{images}.done", code + "\n")
+
+
+def ask_for_restart(folder: Path, images: int, warned: bool) -> None:
+    """Leave word that a training was stopped and saved at so many images; `warned`: by SLURM, ahead of its limit."""
+    write_json(folder / "requeue", {"images": images, "warned": warned})
+    print(f"{folder}: stopped, saved at {images} images; the same command goes on", flush=True)
+
+
+# ---------------------------------------------------------------- one trainer a folder
+@contextlib.contextmanager
+def lock(folder: str | Path, wait_minutes: float = 0.0) -> Iterator[None]:
+    """Keep a second trainer out of `folder`, or let it wait for the first one's end.
+
+    It is this process's own, no loader process inherits it; the kernel drops it with the process, so it never goes
+    stale; who holds it stands in the file. Raises CheckpointError once the wait is over. Where the file system knows
+    no locks, it says so and goes on.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a+") as file:
+        end = time.monotonic() + 60 * wait_minutes
+        while not _locked(file):
+            file.seek(0)
+            busy = f"{folder}: another process is training here ({file.read().strip() or 'unknown'})"
+            if time.monotonic() >= end:
+                raise CheckpointError(f"{busy}; wait for it or end it")
+            print(f"{busy}; waiting for its end", flush=True)
+            time.sleep(min(10.0, max(0.1, end - time.monotonic())))
+        file.truncate(0)
+        job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def _locked(file) -> bool:
+    """Take the file's lock if it is free."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
+            return False
+        warnings.warn(f"{file.name}: this file system has no locks ({error}); start one trainer only", stacklevel=3)
+    return True
+
+
+# ---------------------------------------------------------------- folders and pipelines
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an old one."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to `target`, replacing an older one in one step."""
+    if link.is_dir() and not link.is_symlink():
+        raise CheckpointError(f"{link}: a folder is in the way of a link; move it away")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    aside = link.with_name(f".{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(_from_folder(target, link.parent))
+    os.replace(aside, link)
+
+
+def _from_folder(path: Path, folder: Path) -> str:
+    """`path` relative to `folder` as the kernel follows it: `folder` may lie behind a link to another disk."""
+    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
+
+
+def export_pipeline(folder: str | Path, parts, unet, extra: dict[str, object] | None = None) -> Path:
+    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads; returns it.
+
+    UNet and scheduler are written as safetensors and JSON; frozen parts that came from a local folder are linked, not
+    copied. `extra` names further folders, and what writes each of them when called with its path.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    unet.save_pretrained(aside / "unet", safe_serialization=True)
+    for name, write in (extra or {}).items():
+        write(aside / name)
+    parts.scheduler.save_pretrained(aside / "scheduler")
+    for name, part in (("vae", parts.vae), ("text_encoder", parts.text_encoder), ("tokenizer", parts.tokenizer)):
+        source = parts.folders.get(name)
+        if source is not None:  # relative to where the folder will lie, which is as deep as where it is written
+            (aside / name).symlink_to(_from_folder(Path(source), aside))
+        else:
+            part.save_pretrained(aside / name)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        **{n: [type(p).__module__.split(".")[0], type(p).__name__] for n, p in parts.named().items()},
+        "unet": ["diffusers", type(unet).__name__],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+    }
+    write_text(aside / "model_index.json", json.dumps(index, indent=1) + "\n")
+    replace_folder(aside, folder)
+    return folder

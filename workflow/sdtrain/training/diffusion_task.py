@@ -1,0 +1,211 @@
+"""The network that is trained and its frozen parts: from a configuration, through a batch's losses, to a pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from sdtrain import distributed
+from sdtrain.models import lora
+from sdtrain.models.parts import (
+    ModelError,
+    Parts,
+    TextEncoding,
+    attention_kernel,
+    check_resolution,
+    encode_images,
+    encode_moments,
+    load_parts,
+    load_weights,
+    set_attention,
+)
+from sdtrain.models.pipeline import generate, grid, pipeline_of
+from sdtrain.training import checkpoint, objective, parallel
+from sdtrain.training.ema import Ema, decay_of
+from sdtrain.training.telemetry import training_flops
+
+
+@dataclass
+class Network:
+    """A latent diffusion model in training: `unet` holds the weights, `model` is what to call over all ranks."""
+
+    parts: Parts
+    unet: nn.Module
+    model: nn.Module
+    ema: Ema | None
+    process: objective.Process
+    encode_text: TextEncoding
+    empty_text: torch.Tensor  # states of the empty caption, 1 x tokens x width
+    latents_shape: tuple[int, int, int]
+    device: torch.device
+    autocast: contextlib.AbstractContextManager
+    kernel: contextlib.AbstractContextManager  # of attention
+    layout: torch.memory_format
+    lora: bool
+    flops: int  # of a forward and backward, an image
+
+
+def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Network:
+    """The network of a stage: its weights, from `init` where there is one, spread over the ranks, and their average."""
+    parts = load_parts(cfg.model).to(device)
+    unet, bf16 = parts.unet, cfg.model.mixed_precision == "bf16"
+    side = check_resolution(parts, cfg.dataset.params.resolution)
+    process = objective.process_of(parts.scheduler).to(device)
+    objective.snr_weights(process, process.timesteps(torch.rand(1)), cfg.objective.snr_gamma)  # refused now, not later
+    if cfg.init:
+        load_weights(unet, cfg.init, "init", cfg.init_weights)
+    if cfg.model.lora.rank is not None:
+        if cfg.distributed.strategy == "fsdp":
+            raise ModelError("model.lora: additions are few weights, not to be sharded; set distributed.strategy=ddp")
+        lora.add(unet, cfg.model.lora)
+    encode_text = TextEncoding(parts.tokenizer, parts.text_encoder, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with autocast:  # as in training: it stays in the cache
+        empty_text = encode_text([""])
+    latents_shape = (unet.config.in_channels, side, side)
+    flops = training_flops(unet, latents_shape, empty_text.shape[1:])
+    average = _initial_average(cfg, unet)
+    _set_computation(cfg, unet, parts.vae, device, torch.bfloat16 if bf16 else torch.float32)
+    model = parallel.spread(unet, cfg.distributed.strategy, world_size, device, bf16)
+    ema = Ema(unet, decay_of(cfg.model.ema, global_batch), cfg.model.ema.warmup) if cfg.model.use_ema else None
+    if ema and average:
+        ema.load(average)
+    return Network(
+        parts=parts,
+        unet=unet,
+        model=model,
+        ema=ema,
+        process=process,
+        encode_text=encode_text,
+        empty_text=empty_text,
+        latents_shape=latents_shape,
+        device=device,
+        autocast=autocast,
+        kernel=attention_kernel(cfg.model.attention),
+        layout=torch.channels_last if cfg.system.channels_last else torch.contiguous_format,
+        lora=cfg.model.lora.rank is not None,
+        flops=flops,
+    )
+
+
+def _initial_average(cfg, unet: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The weights that the moving average starts from, where they are not the UNet's own."""
+    if not (cfg.model.use_ema and cfg.model.ema.path):
+        return None
+    start = copy.deepcopy(unet)
+    load_weights(start, cfg.model.ema.path, "model.ema.path")
+    return dict(start.named_parameters())
+
+
+def _set_computation(cfg, unet: nn.Module, vae: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Set how the UNet is computed: attention, recomputation, memory format, compilation. Its weights stay."""
+    set_attention(unet, cfg.model.xformers, cfg.model.attention, device, dtype)
+    if cfg.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if cfg.system.channels_last:
+        vae.to(memory_format=torch.channels_last)
+        if cfg.distributed.strategy == "ddp":  # weights that are sharded must be contiguous; their input decides then
+            unet.to(memory_format=torch.channels_last)
+    parallel.compile_model(unet, cfg.model.compile)
+    unet.train()
+
+
+# ---------------------------------------------------------------- a batch
+def batch_losses(net: Network, batch: dict, draws: objective.Draws, dataset, settings) -> torch.Tensor:
+    """Losses float32 N of a micro-batch's images, by an `objective` section; their graph leads to the weights."""
+    with torch.no_grad(), net.autocast:
+        text = _text_states(net, batch, draws.drop, dataset)
+        if "latents" in batch:
+            clean = batch["latents"].to(net.device, non_blocking=True)
+            (noise,) = objective.normals(draws, 1, clean.shape[1:], net.device, settings.offset_noise)
+        else:
+            pixels = batch["pixels"].to(net.device, non_blocking=True, memory_format=net.layout)
+            noise, own_noise = objective.normals(draws, 2, net.latents_shape, net.device, settings.offset_noise)
+            clean = encode_images(net.parts.vae, pixels, own_noise)
+        t = net.process.timesteps(draws.time).to(net.device)
+        noisy = objective.add_noise(net.process, clean, noise, t).to(memory_format=net.layout)
+        target = objective.target(net.process, clean, noise, t)
+        weights = objective.snr_weights(net.process, t, settings.snr_gamma)
+    with net.autocast, net.kernel:
+        output = net.model(noisy, t, encoder_hidden_states=text).sample
+        return objective.loss(output, target, weights)
+
+
+def _text_states(net: Network, batch: dict, drop: torch.Tensor, dataset) -> torch.Tensor:
+    """States of a batch's captions N x tokens x width, those of the empty caption where `drop`, bool N, says so."""
+    if "text" in batch:
+        cached = batch["text"].to(net.device, non_blocking=True)
+        return torch.where(drop.to(net.device)[:, None, None], dataset.empty_text.to(net.device), cached)
+    return net.encode_text(["" if d else c for c, d in zip(batch["caption"], drop.tolist(), strict=True)])
+
+
+def find_micro_batch(net: Network, share: int, pixels: int | None) -> int:
+    """The largest divisor of `share`, a rank's images a step, whose forward and backward fit the GPU on every rank.
+
+    `pixels` is the side of the images that are encoded first, None where latents come ready.
+    """
+
+    def attempt(count: int) -> None:
+        try:
+            # not through DDP, which would wait for the other ranks, and for ever after a pass that did not end
+            trial_pass(net, net.unet, count)
+            if pixels:
+                with net.autocast:
+                    encode_moments(net.parts.vae, torch.zeros(count, 3, pixels, pixels, device=net.device))
+        finally:
+            net.unet.zero_grad(set_to_none=True)
+
+    return parallel.largest_that_fits(share, attempt, net.device)
+
+
+def trial_pass(net: Network, model: nn.Module, count: int) -> None:
+    """A forward and backward of so many latents that teach nothing, through the UNet itself or the module around it."""
+    with net.autocast, net.kernel:
+        latents = torch.zeros(count, *net.latents_shape, device=net.device).to(memory_format=net.layout)
+        text, times = net.empty_text.expand(count, -1, -1), torch.zeros(count, device=net.device)
+        model(latents, times, encoder_hidden_states=text).sample.square().mean().backward()
+
+
+# ---------------------------------------------------------------- what it has learnt
+def draw_grid(
+    net: Network, captions: list[str], resolution: int, experiment, here: distributed.World, path: Path
+) -> None:
+    """Draw captions with the averaged weights, where there are any: each rank a share, together, as shards must."""
+    share = math.ceil(len(captions) / here.size)
+    first = here.rank * share
+    mine = [captions[min(i, len(captions) - 1)] for i in range(first, first + share)]
+    options = {"guidance_scale": experiment.eval_guidance_scale, "steps": experiment.eval_steps}
+    options |= {"seed": experiment.seed + first, "batch_size": min(16, share)}
+    net.unet.eval()
+    with net.ema.applied(net.unet) if net.ema else contextlib.nullcontext(), net.autocast:
+        pipe = pipeline_of(net.parts, net.unet)
+        drawn = distributed.gather([np.asarray(image) for image in generate(pipe, mine, resolution, **options)])
+    net.unet.train()
+    if drawn:
+        whole = [Image.fromarray(image) for part in drawn for image in part][: len(captions)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(whole).save(aside := path.with_name(f".{path.name}"), "PNG")
+        os.replace(aside, path)
+
+
+def export(net: Network, folder: Path, main: bool) -> Path:
+    """Write the pipeline: averaged weights where there are any, the raw ones beside them as unet_raw; all ranks call.
+
+    Low-rank additions are folded into its UNet, and lie by themselves in its folder lora.
+    """
+    raw = parallel.plain_unet(net.unet, main) if net.ema and not net.lora else None
+    with net.ema.applied(net.unet) if net.ema else contextlib.nullcontext():
+        if net.lora:
+            unet, extra = lora.merged(net.unet), {"lora": lambda path: lora.export(net.unet, path)}
+        else:
+            unet, extra = parallel.plain_unet(net.unet, main), {"unet_raw": raw.save_pretrained} if raw else {}
+        return checkpoint.export_pipeline(folder, net.parts, unet, extra) if main else folder

@@ -1,4 +1,4 @@
-# What a newcomer runs; `make` alone lists it.
+# The commands of this project; `make` without a target lists them.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -9,32 +9,32 @@ PYTHON ?= python3.11
 RUN ?= demo
 ARGS ?=
 
-# The environment's tools come first; img2dataset is a link there to an environment of its own.
+# The environment's tools take precedence. Its img2dataset is a link into a separate environment, .venv-data.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-# uv: the machine's, else one of our own. It reads UV_FIND_LINKS only, so what pip would read is passed on. Compiled once,
-# torch and diffusers are imported in half the time by each of the run's many processes.
+# Use the installed uv, or install one into .venv-uv. uv does not read PIP_FIND_LINKS, so it is passed on as
+# UV_FIND_LINKS. Compiling bytecode once halves the import time of torch and diffusers in the many processes of a run.
 UV := $(shell command -v uv || echo .venv-uv/bin/uv)
 UV_INSTALL = UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(UV) pip install --compile-bytecode
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
-env: .venv/.done .venv-data/.done  ## make the environments from the locks (nothing to do once they are there)
+env: .venv/.done .venv-data/.done  ## make the environments from the lock files (nothing to do if they exist)
 
-demo: env  ## run the workflow for RUN=demo (ARGS="-n" only shows the plan) and print its metrics
+demo: env  ## run the workflow for RUN=demo and print its metrics (ARGS="-n": only show the plan)
 	snakemake --profile profiles/local --config run=$(RUN) $(ARGS)
 	@if [ -f results/runs/$(RUN)/metrics.txt ]; then cat results/runs/$(RUN)/metrics.txt; fi
 
 status: env  ## show a run's stages, progress and SLURM jobs (RUN=demo)
 	@python workflow/scripts/status.py run=$(RUN)
 
-# Two workers of one thread each: more threads than cores make small models many times slower.
-test: env  ## run the tests, all but those that need SLURM (ARGS="-k name" picks some)
+# Two workers with one thread each: with more threads than cores, small models are many times slower.
+test: env  ## run the tests that need no SLURM (ARGS="-k name" selects some)
 	OMP_NUM_THREADS=1 python -m pytest tests --ignore=tests/slurm --numprocesses 2 --dist loadfile $(ARGS)
 
-# As root, with the packages munge, slurmctld, slurmd, slurm-client and iproute2; elsewhere its tests are skipped and say why.
-test-slurm: env  ## run the tests that need SLURM, on a cluster of this machine's own (16 nodes on loopback bridges)
+# Needs root and the packages munge, slurmctld, slurmd, slurm-client and iproute2; otherwise skips its tests and says why.
+test-slurm: env  ## run the tests that need SLURM, on a temporary cluster of 16 nodes on this machine
 	@trap 'tests/slurm/cluster.sh down' EXIT; tests/slurm/cluster.sh up || true; \
 		OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
@@ -51,8 +51,8 @@ clean-env:  ## remove the environments
 	rm -rf .venv .venv-data .venv-uv
 
 # ---------------------------------------------------------------- environments
-# Each ends in a stamp, so an interrupted one is finished by the next `make env`. Nothing in them is built or resolved
-# anew: hashes are checked, and the library is found through a path file. npm is added where the machine has none.
+# Each environment has a stamp file, written last, so the next `make env` completes an interrupted one. Packages come from
+# the lock files, with their hashes checked. npm is installed only if the machine has none.
 .venv/.done: requirements/env.txt requirements/torch.txt requirements/npm.txt | $(filter .venv-uv/%,$(UV))
 	$(call make_venv,.venv)
 	$(UV_INSTALL) --python .venv/bin/python -r requirements/env.txt -r requirements/torch.txt
@@ -75,20 +75,20 @@ need_python = $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11)
 	echo "error: $(PYTHON) is not a Python 3.11. Install python3.11 and python3.11-venv, or name one:" \
 	"make env PYTHON=/path/to/python3.11" >&2; exit 1; }
 
-# $(1): a folder. An environment that is there already is kept and added to.
+# $(1): the environment's folder. An existing environment is kept and updated.
 define make_venv
 @$(need_python)
 [ -x $(1)/bin/python ] || $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(1)
 endef
 
 # ---------------------------------------------------------------- locks
-# For every platform, without the name of any host. torch takes part in the resolution; it and what only it needs
-# (triton, nvidia-*, cuda-*) are then left out.
+# The locks hold for every platform and name no package index. torch takes part in the resolution; then it and the
+# packages that only it needs (triton, nvidia-*, cuda-*) are left out.
 LOCK = env -u UV_FIND_LINKS $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --constraint requirements/torch.txt
 WITHOUT_TORCH = awk '/^[a-z]/ { keep = $$0 !~ /^(torch|triton|nvidia-|cuda-)/ } keep'
 
-lock: $(filter .venv-uv/%,$(UV))  ## write the locks anew from requirements/*.in
+lock: $(filter .venv-uv/%,$(UV))  ## regenerate the lock files from requirements/*.in
 	for name in env img2dataset npm uv; do \
 		$(LOCK) requirements/$$name.in | $(WITHOUT_TORCH) > requirements/.$$name.txt; \
 		mv requirements/.$$name.txt requirements/$$name.txt; done

@@ -1,5 +1,5 @@
-# From a table of image URLs to an evaluated Stable Diffusion: `snakemake --profile profiles/local`, or
-# `snakemake --profile slurm --config run=sd-v2-base`. What a run is stands in configs/, what a machine is in profiles/.
+# Trains Stable Diffusion, from a table of image URLs to an evaluated model: `snakemake --profile profiles/local`, or
+# `snakemake --profile slurm --config run=sd-v2-base`. Experiments are described in configs/, machines in profiles/.
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -20,14 +20,14 @@ localrules:
     freeze,
 
 
-# Everything: the run, trained, measured and reported
+# The whole run: data, training, evaluation and report
 rule all:
     default_target: True
     input:
         f"results/runs/{RUN}/report.html",
 
 
-# The shards that the run trains on
+# The shards and latents that the run trains on
 rule data:
     input:
         [plan.trained_on(RUN, stage) for stage in plan.load_run(RUN).stages],

@@ -1,4 +1,4 @@
-# The bridge to the configuration: `plan` answers what the rules ask of it. No rules here.
+# Connects the rules to the configuration: every path and parameter that a rule needs comes from `plan`. No rules here.
 import os
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from sdtrain.config import load as configuration
 from sdtrain.orchestration import invocations, slurm
 from sdtrain.orchestration.plan import Plan
 
-# a prefix of one's own takes the place of Snakemake's strict mode, without which `| tee` hides a failure
+# a custom prefix disables Snakemake's strict mode; without `pipefail`, `| tee` would hide a failure
 shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; set -euo pipefail; ")
 
 RUN = str(config.get("run", "demo"))
@@ -26,10 +26,10 @@ if workflow.is_main_process:
 plan = Plan(RUN, OVERRIDES, error=WorkflowError)
 plan.check()
 configuration.pass_on_key(plan.load_run(RUN))
-if workflow.is_main_process:  # jobs plan by what was planned here, whatever is edited while they wait
+if workflow.is_main_process:  # jobs read this copy, so that later edits do not affect them
     os.environ[configuration.CONFIGS] = str(invocations.keep_copy(configuration.config_folder()))
 
-# What a launch line may say of its job: the counts stand once, in the profile's resources
+# Environment variables for launch lines, so that the profile states each count once, as a resource
 COUNTS = (
     "JOB_NODES={resources.nodes} JOB_TASKS_PER_NODE={resources.tasks_per_node}"
     " JOB_CPUS_PER_TASK={resources.cpus_per_task} JOB_GRES={resources.gres}; "
@@ -59,7 +59,7 @@ onstart:
                 "--set-resources: the rule train has no launch line, for a key given on the command line takes the place of "
                 "the profile's whole key. Write your values into a copy of the profile: cp -r profiles/slurm profiles/mine"
             )
-        if ALONE:  # no other call here submits jobs, so those that are left have lost theirs
+        if ALONE:  # no other invocation runs in this folder, so jobs in the queue are left over from a killed one
             try:
                 slurm.wait_for_jobs(Path(), say=logger.warning)
             except slurm.SlurmError as error:

@@ -1,7 +1,7 @@
-# Parts that runs share: fetched once, or trained here.
+# Model components that runs share: downloaded once, or trained here.
 
 
-# on the machine where Snakemake runs: nodes often lead to no hub
+# runs on the machine where Snakemake runs: compute nodes often have no internet access
 localrules:
     download_component,
 
@@ -28,11 +28,11 @@ rule download_component:
         " 2>&1 | tee {log}"
 
 
-# On one GPU, or a CPU. On more, a profile's set-resources names a launcher for it, such as
+# Runs on one GPU or a CPU by default. For more ranks, set the launcher in the profile's set-resources, for example
 #   tasks_per_node: 8
 #   launch: "'torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE'"
-# and every process takes batch_size images a step. What it goes on from after a kill or a signal, its log and its
-# samples lie in resources/components/training/{component}; the finished component is put in place whole.
+# Each rank then takes batch_size images per step. Checkpoints, log and sample images are in
+# resources/components/training/{component}; the finished component is moved into place atomically.
 rule train_autoencoder:
     input:
         plan.perceptual_record,
@@ -46,7 +46,7 @@ rule train_autoencoder:
     benchmark:
         "logs/components/{component}.tsv"
     wildcard_constraints:
-        component="|".join(TRAINED) or "(?!)",  # where none is trained, none matches
+        component="|".join(TRAINED) or "(?!)",  # matches nothing if no component is trained
     conda:
         "../../envs/train.yaml"
     threads: 2

@@ -1,5 +1,5 @@
-# From a table of URLs, or from shards that exist, to shards of images, and of latents. Shards are made in parts, as many
-# jobs as `shards.parts` says; the folder of a part's manifest names the rule that makes it.
+# Makes image shards from a table of URLs or from existing shards, then latents from image shards. Shards are made in
+# partitions, one job each (`shards.parts` jobs); the folder of a partition's manifest names the rule that makes it.
 
 
 localrules:
@@ -46,7 +46,7 @@ rule select_samples:
         " 2>&1 | tee {log}"
 
 
-# Prints what the selection keeps and what it will cost to download: `snakemake --profile … yields`
+# Prints how many samples each filter keeps and the expected download size: `snakemake --profile … yields`
 rule yields:
     input:
         plan.yields(RUN),
@@ -154,7 +154,7 @@ rule gather_shards:
         " 2>&1 | tee {log}"
 
 
-# Reads every byte that the run trains on and is measured against: `snakemake --profile … verify`
+# Reads and checks all training and held-out shards: `snakemake --profile … verify`
 rule verify:
     input:
         plan.manifests(),

@@ -1,4 +1,4 @@
-# What a milestone can do: images, distances, scores, and the report of them all.
+# Evaluates each milestone (sample images, compute metrics) and writes the report.
 
 
 localrules:

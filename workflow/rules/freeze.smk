@@ -1,4 +1,4 @@
-# Each step reads a file of what it depends on, written when it was planned: a later edit reaches no waiting job.
+# Writes the frozen slice of the configuration that each step reads, so that a later edit does not affect a waiting job.
 
 
 rule freeze:

@@ -1,4 +1,4 @@
-# One rule for every stage and milestone: the next milestone goes on from the one before.
+# One rule trains every stage up to every milestone; each milestone resumes from the previous one.
 
 
 rule train:

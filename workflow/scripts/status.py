@@ -23,9 +23,9 @@ from types import SimpleNamespace
 
 from sdtrain.config.cli import command_line
 from sdtrain.errors import ConfigError
+from sdtrain.io.logs import read_log_line
 from sdtrain.orchestration import slurm
 from sdtrain.orchestration.plan import Plan
-from sdtrain.training.telemetry import read_log_line
 
 WIDTH = 100
 QUIET = 600.0  # seconds: a log without a new line for longer is worth a look

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from sdtrain.errors import SDTrainError
+from sdtrain.io.logs import read_log_line
 
 PEAKS = {  # TFLOP/s of one device: bf16 (fp16 where there is no bf16), TF32, fp32
     "B200": (2250, 1125, 75),
@@ -335,12 +336,3 @@ def _key_is_known() -> bool:
 
     settings = wandb.setup().settings
     return bool(settings.api_key or settings.identity_token_file or wbauth.read_netrc_auth(host=settings.base_url))
-
-
-def read_log_line(line: str) -> dict | None:
-    """A line of a training's log.jsonl; None of one cut by a kill."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("images"), int) else None

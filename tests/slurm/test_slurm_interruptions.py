@@ -138,7 +138,8 @@ def test_snakemake_is_killed_and_called_again(ready, undisturbed):
         first.process.kill()
         first.process.wait()
         with snakemake(ready, "--config", "run=orphaned", "--", "stages") as second:
-            wait_for(lambda: "waiting for SLURM jobs of an earlier call" in second.said(), "its word", 60, second.said)
+            waits = "waiting for SLURM jobs of an earlier invocation"
+            wait_for(lambda: waits in second.said(), "its message", 60, second.said)
             assert [job.id for job in running(ready, "orphaned")] == [orphan]
             second.succeeds()
     jobs = [row for row in ended(ready, "train") if int(row.id) >= int(orphan)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 from checkout import ROOT, set_key, snakemake
 
 RUNS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "components")
@@ -138,6 +140,23 @@ def test_the_launch_line_is_the_profiles(checkout):
     assert launch("profiles/local") == f"{here}torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE"
     assert launch("slurm").startswith(f"{slurm}srun --kill-on-bad-exit --nodes $JOB_NODES ")
     assert launch("slurm").endswith("--gres $JOB_GRES profiles/slurm/rank.sh $(command -v python)")
+
+
+def test_every_gpu_rule_takes_its_resources_from_the_profile():
+    """A rule that needs torch and is submitted to a cluster is a GPU rule."""
+    files = [path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk")]
+    rules = dict(re.findall(r"^rule (\w+):\n((?:(?: .*)?\n)+)", "".join(files), re.MULTILINE))
+    local = {
+        name
+        for text in files
+        for block in re.findall(r"^localrules:\n((?: .*\n)+)", text, re.MULTILINE)
+        for name in re.findall(r"\w+", block)
+    }
+    gpu = {name for name, text in rules.items() if "envs/train.yaml" in text} - local - {"freeze"}
+    assert gpu >= {"train", "train_autoencoder", "precompute_latents", "sample", "frechet_distance"}
+    assert gpu == {name for name, text in rules.items() if "**gpu_job(" in text and "{resources.launch}" in text}
+    profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())["set-resources"]
+    assert gpu == {name for name, resources in profile.items() if "gpu" in resources.get("gres", "")}
 
 
 # Each: what is set (file, key, value), said on the command line, or a list of these, and what the message must name

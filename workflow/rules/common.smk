@@ -5,15 +5,16 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 
-LIBRARY = str(Path(workflow.basedir, "workflow"))
-sys.path.insert(0, LIBRARY)
 from sdtrain.config import load as configuration
 from sdtrain.orchestration import invocations, slurm
 from sdtrain.orchestration.plan import Plan
 
-# a custom prefix disables Snakemake's strict mode; without `pipefail`, `| tee` would hide a failure
-shell.prefix(f"export PYTHONPATH='{LIBRARY}':$PYTHONPATH; set -euo pipefail; ")
+if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
+    # `make env` installs the library into .venv; the environments that Snakemake makes from envs/ do not contain it.
+    # A prefix replaces Snakemake's strict mode; without `pipefail`, `| tee` would hide a failure.
+    shell.prefix(f"export PYTHONPATH='{workflow.basedir}/workflow'; set -euo pipefail; ")
 
 RUN = str(config.get("run", "demo"))
 OVERRIDES = config.get("set", [])
@@ -21,19 +22,25 @@ OVERRIDES = OVERRIDES.split() if isinstance(OVERRIDES, str) else list(OVERRIDES)
 
 if workflow.is_main_process:
     os.environ.pop(configuration.CONFIGS, None)
-    ALONE = invocations.enter()
+    ALONE = invocations.register()
 
 plan = Plan(RUN, OVERRIDES, error=WorkflowError)
 plan.check()
 configuration.pass_on_key(plan.load_run(RUN))
 if workflow.is_main_process:  # jobs read this copy, so that later edits do not affect them
-    os.environ[configuration.CONFIGS] = str(invocations.keep_copy(configuration.config_folder()))
+    os.environ[configuration.CONFIGS] = str(invocations.keep_configs(configuration.config_folder()))
 
 # Environment variables for launch lines, so that the profile states each count once, as a resource
 COUNTS = (
     "JOB_NODES={resources.nodes} JOB_TASKS_PER_NODE={resources.tasks_per_node}"
     " JOB_CPUS_PER_TASK={resources.cpus_per_task} JOB_GRES={resources.gres}; "
 )
+
+
+def gpu_job(launch="python"):
+    """Return the default resources of a rule on a GPU; `set-resources` in a profile has an entry for each such rule."""
+    return {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 2, "gres": "", "launch": launch}
+
 
 TRAINED = [name for name, entry in plan.load_components().items() if entry.source == "train"]
 

@@ -51,11 +51,7 @@ rule train_autoencoder:
         "../../envs/train.yaml"
     threads: 2
     resources:
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=2,
-        gres="",
-        launch="python",
+        **gpu_job(),
     shell:
         f"{COUNTS}"
         "{resources.launch} workflow/scripts/train_autoencoder.py"

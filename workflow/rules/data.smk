@@ -182,11 +182,7 @@ rule precompute_latents:
     conda:
         "../../envs/train.yaml"
     resources:
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=2,
-        gres="",
-        launch="python",
+        **gpu_job(),
     params:
         text=plan.text_argument,
     shell:

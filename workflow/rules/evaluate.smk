@@ -22,8 +22,11 @@ rule sample:
         "logs/runs/{run}/{stage}/{images}/sample.tsv"
     conda:
         "../../envs/train.yaml"
+    resources:
+        **gpu_job(),
     shell:
-        "python workflow/scripts/sample.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/sample.py"
         " config={input.config}"
         " stage={input.stage}"
         " trained={input.trained}"
@@ -47,11 +50,14 @@ rule reference_features:
         "logs/runs/{run}/{stage}/reference_features.tsv"
     conda:
         "../../envs/train.yaml"
+    resources:
+        **gpu_job(),
     params:
         features=plan.feature_network,
         resolution=lambda w: plan.load_stage(w.run, w.stage).dataset.params.resolution,
     shell:
-        "python workflow/scripts/reference_features.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/reference_features.py"
         " config={input.config}"
         " train_manifest={input.train}"
         " held_out_manifest={input.held_out}"
@@ -74,10 +80,13 @@ rule frechet_distance:
         "logs/runs/{run}/{stage}/{images}/frechet_distance.tsv"
     conda:
         "../../envs/train.yaml"
+    resources:
+        **gpu_job(),
     params:
         features=plan.feature_network,
     shell:
-        "python workflow/scripts/frechet_distance.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/frechet_distance.py"
         " samples={input.samples}"
         " reference={input.reference}"
         " features={params.features}"
@@ -102,8 +111,11 @@ rule fit_alignment:
         text="|".join(plan.load_components()),
     conda:
         "../../envs/train.yaml"
+    resources:
+        **gpu_job(),
     shell:
-        "python workflow/scripts/fit_alignment.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/fit_alignment.py"
         " features=resources/components/{wildcards.features}"
         " text=resources/components/{wildcards.text}"
         " manifest={input.train}"
@@ -125,11 +137,14 @@ rule clip_score:
         "logs/runs/{run}/{stage}/{images}/clip_score.tsv"
     conda:
         "../../envs/train.yaml"
+    resources:
+        **gpu_job(),
     params:
         model=plan.score_model,
         networks=plan.score_networks,
     shell:
-        "python workflow/scripts/clip_score.py"
+        f"{COUNTS}"
+        "{resources.launch} workflow/scripts/clip_score.py"
         " config={input.config}"
         " samples={input.samples}"
         " model={params.model}"

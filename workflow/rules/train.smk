@@ -18,11 +18,7 @@ rule train:
         "../../envs/train.yaml"
     threads: 2
     resources:
-        nodes=1,
-        tasks_per_node=1,
-        cpus_per_task=2,
-        gres="",
-        launch="torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE",
+        **gpu_job(launch="torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE"),
     params:
         milestones=lambda w: str([m for m in plan.milestones(w.run, w.stage) if m <= int(w.images)]),
     shell:

@@ -15,16 +15,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from samples import ROOT, load_script
+from checkout import ROOT
 
 from sdtrain.errors import ConfigError
-from sdtrain.io.files import write_json, write_text
-from sdtrain.orchestration import slurm
+from sdtrain.io.files import hold_lock, write_json, write_text
+from sdtrain.orchestration import slurm, status
 from sdtrain.orchestration.plan import Plan
-from sdtrain.training import checkpoint
 from sdtrain.training.telemetry import Telemetry
 
-status = load_script("status")
 NOW = time.time() // 1
 STAGE2 = Path("results/runs/demo/stage2")
 ELSEWHERE = "process 12 on a-node, SLURM job 41, since 2026-11-25 00:00:00"  # its lock may not be seen from here
@@ -46,7 +44,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def view(plan: Plan, *jobs: slurm.Job, trouble: str = "") -> str:
     """The text; of every line, what no path makes longer fits a terminal."""
-    lines = status.view(plan, list(jobs), trouble, NOW)
+    lines = status.describe(plan, list(jobs), trouble, NOW)
     assert all(len(line) <= 100 for line in lines if "/" not in line), lines
     return "\n".join(lines)
 
@@ -84,7 +82,7 @@ def trainer(since: float = 60):
     ready, child_ready = os.pipe()
     child = os.fork()
     if not child:
-        with checkpoint.lock(STAGE2):
+        with hold_lock(STAGE2 / ".lock"):
             os.write(child_ready, b"!")
             signal.pause()
     try:
@@ -103,7 +101,7 @@ def trainer(since: float = 60):
 # ---------------------------------------------------------------- data and components
 def test_a_run_of_which_nothing_is_there(plan):
     text = view(plan)
-    assert re.search(r"emoji/train/shards +missing, 0 of 2 parts there", text)
+    assert re.search(r"emoji/train/shards +missing, 0 of 2 partitions finished", text)
     assert re.search(r"emoji/train/latents/emoji-autoencoder-64px +missing", text)
     assert "missing  efficientnet-lite0, emoji-autoencoder, minilm" in text
     assert "stage1  not started · 0 of 48,000 images (0 %)" in text
@@ -119,9 +117,9 @@ def test_data_and_components_that_are_there(plan, image_shards):
     write_json("resources/components/minilm.json", {"name": "minilm"})
     text = view(plan)
     assert re.search(r"emoji/train/shards +samples: 41, shards: 3\n", text)
-    assert re.search(r"emoji/held_out/shards +missing, 1 of 1 parts there", text)
+    assert re.search(r"emoji/held_out/shards +missing, 1 of 1 partitions finished", text)
     assert re.search(r"emoji-autoencoder-64px +unreadable", text)
-    assert re.search(r"there +minilm\n +missing +efficientnet-lite0, emoji-autoencoder\n", text)
+    assert re.search(r"present +minilm\n +missing +efficientnet-lite0, emoji-autoencoder\n", text)
 
 
 # ---------------------------------------------------------------- the states of a stage
@@ -131,7 +129,7 @@ def test_training(plan):
         seen = [stage2(plan), stage2(plan)]  # looking takes the lock from nobody
     assert seen[0] == seen[1]
     said = seen[0].split(" · ")
-    assert said[:4] == ["training", "12,000 of 26,000 images (46 %)", "100.0 img/s (50.0 a GPU)", "loss 0.25"]
+    assert said[:4] == ["training", "12,000 of 26,000 images (46 %)", "100.0 img/s (50.0 per GPU)", "loss 0.25"]
     assert said[4] == f"expected end {datetime.fromtimestamp(NOW + 140):%Y-%m-%d %H:%M} (in 2 min)"
     assert said[5] == "last line 5 s ago"
     assert said[6].startswith(f"process {process} on ")
@@ -144,7 +142,7 @@ def test_the_speed_is_that_of_the_last_lines_together(plan):
         file.write('{"images": 12320, "images_per_second": 0.0001, "images_per_second_per_gpu": 0.0001}\n')
     with trainer():
         said = stage2(plan)
-        assert "100.0 img/s (100.0 a GPU)" in said and "12,320 of" in said and "(in 2 min)" in said
+        assert "100.0 img/s (100.0 per GPU)" in said and "12,320 of" in said and "(in 2 min)" in said
         write_log(until=640, rate=1e-9)
         assert "training" in stage2(plan)
 
@@ -222,7 +220,7 @@ def test_a_trainer_that_was_told_to_stop(plan):
         os.utime(mark, (NOW - age, NOW - age))
     (STAGE2 / "checkpoints/0123456789abcdef/.12320.tmp").mkdir()
     said = stage2(plan)
-    assert said.startswith("stopped, asks to be started again · 12,000 of 26,000")
+    assert said.startswith("stopped, waiting for a requeue · 12,000 of 26,000")
     assert "checkpoint at 12,000 images, 1 min old" in said
 
 
@@ -237,7 +235,7 @@ def test_done(plan):
     write_json(STAGE2 / "0/train.json", {"images": 0, "lost": 0})
     write_json(STAGE2 / "26000/train.json", {"images": 26000, "lost": 3})
     said = stage2(plan)
-    assert said.startswith("done · 26,000 of 26,000 images (100 %) · 100.0 img/s (50.0 a GPU) · loss 0.25")
+    assert said.startswith("done · 26,000 of 26,000 images (100 %) · 100.0 img/s (50.0 per GPU) · loss 0.25")
     assert said.endswith("last line 3 h 10 min ago · samples lost: 3")
 
 
@@ -294,7 +292,7 @@ def test_long_words_of_slurm_fit_a_terminal(plan):
     reason = "Job's account not known, so it can't use this partition (lab allows lab) " * 2
     odd = slurm.Job("7", "COMPLETING", "", "1:00", "UNLIMITED", "1", None, None, "", "", None)
     text = view(plan, job("1234567", "PENDING", reason=reason), job("8", "RUNNING", wildcards="x" * 200), odd)
-    assert "7        (not Snakemake's)" in text and "x" * 30 in text
+    assert "7        (not of Snakemake)" in text and "x" * 30 in text
     assert "SLURM jobs of this folder: 3\n" in text
 
 
@@ -345,7 +343,7 @@ def test_the_log_of_a_group_of_jobs(tmp_path):
 
 def test_no_jobs_and_another_format():
     assert slurm.parse("", Path()) == []
-    with pytest.raises(slurm.SlurmError, match="describes no job: '2 PENDING'"):
+    with pytest.raises(slurm.SlurmError, match="expected the fields of a job, got '2 PENDING'"):
         slurm.parse("2 PENDING\n", Path())
 
 
@@ -377,7 +375,7 @@ def test_a_squeue_that_answers(path, monkeypatch):
 
 def test_a_squeue_that_fails(path):
     command(path, "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(slurm.SlurmError, match="^squeue: slurm_load_jobs error: Unable to contact.*; `scontrol ping`"):
+    with pytest.raises(slurm.SlurmError, match="^squeue: slurm_load_jobs error: Unable to contact.*`scontrol ping`"):
         slurm.jobs(path)
 
 

@@ -1,54 +1,52 @@
-"""This call of Snakemake among others in its folder: what a killed one left behind, what its own jobs read."""
+"""Snakemake invocations in one folder: which others are running, and the configurations that their jobs read."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
+import socket
 from pathlib import Path
 
-LIVING: dict[Path, object] = {}  # open files, kept for as long as this process lives: a closed one is no mark any more
+from sdtrain.io.files import atomic_folder, hold_lock, is_locked
+
+WAIT = 60.0  # seconds for another invocation that registers itself at the same moment
+_held_locks: dict[Path, contextlib.ExitStack] = {}  # by lock file; held until this process ends
 
 
-def enter(folder: str | Path = ".snakemake") -> bool:
-    """Mark this process as a living call in the folder above; True where no other is alive.
+def register(folder: str | Path = ".snakemake") -> bool:
+    """Register this process as a Snakemake invocation in `folder`; return True if no other one is running.
 
-    Then locks of Snakemake are those of a call that was killed, and are taken off, as `--unlock` does. Where the file
-    system knows no locks, nothing is touched.
+    In that case the locks of Snakemake in `folder` are stale and are deleted, as `snakemake --unlock` does. On a file
+    system without locks, return False and delete nothing.
     """
-    folder = Path(folder).resolve()
-    folder.mkdir(exist_ok=True)
-    if folder not in LIVING:
-        LIVING[folder] = open(folder / "calls.lock", "a+")
-    alone = _locked(LIVING[folder], fcntl.LOCK_EX)
-    if alone:
-        for lock in (folder / "locks").glob("*.lock"):
-            lock.unlink(missing_ok=True)
-    _locked(LIVING[folder], fcntl.LOCK_SH)
-    return alone
-
-
-def _locked(file, kind: int) -> bool:
-    with contextlib.suppress(OSError):
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    invocations = Path(folder).resolve() / "invocations"
+    own = invocations / f"{socket.gethostname()}-{os.getpid()}.lock"
+    with hold_lock(invocations / ".lock", wait_seconds=WAIT) as descriptor:
+        others = [path for path in invocations.glob("[!.]*.lock") if path != own]
+        running = [path for path in others if is_locked(path) is not False]
+        if own not in _held_locks:
+            _held_locks[own] = contextlib.ExitStack()
+            _held_locks[own].enter_context(hold_lock(own))
+        if running or descriptor is None:
+            return False
+        for path in [*others, *Path(folder).glob("locks/*.lock")]:
+            path.unlink(missing_ok=True)
         return True
-    return False
 
 
-def keep_copy(configs: Path, folder: str | Path = ".snakemake/configs") -> Path:
-    """A copy of the configurations as they are now, in a folder named after their content; returns it."""
+def keep_configs(configs: Path, folder: str | Path = ".snakemake/configs") -> Path:
+    """Copy the YAML files of `configs` to a folder named by their digest, if it does not exist; return its path."""
     files = sorted(path for path in configs.rglob("*.yaml") if path.is_file())
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(configs)}\0".encode() + path.read_bytes() + b"\0")
-    copy = Path(folder).resolve() / digest.hexdigest()[:16]
-    if not copy.exists():
-        aside = copy.with_name(f".{copy.name}.{os.getpid()}")
-        for path in files:
-            (aside / path.relative_to(configs)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, aside / path.relative_to(configs))
-        with contextlib.suppress(FileExistsError):  # another call was faster
-            aside.rename(copy)
-    return copy
+    kept = Path(folder).resolve() / digest.hexdigest()[:16]
+    with hold_lock(kept.parent / ".lock", wait_seconds=WAIT):
+        if not kept.exists():
+            with atomic_folder(kept) as temporary:
+                for path in files:
+                    (temporary / path.relative_to(configs)).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, temporary / path.relative_to(configs))
+    return kept

@@ -1,9 +1,10 @@
-"""What the rules ask of the configuration: which files a run, a stage or a dataset needs. Planning imports no torch."""
+"""Paths and parameters of the rules, derived from the configuration. Imports no torch: planning stays fast."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from sdtrain.config.load import (
     way_in,
 )
 from sdtrain.data import predicates
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, SDTrainError
 
 
 class Plan:
-    """The configurations behind one call of Snakemake, each read once, and the paths that follow from them.
+    """The configurations of one Snakemake invocation, each read once, and the paths that follow from them.
 
-    `overrides` are for the run of that name only. A mistake in a configuration is raised as `error`, with its message.
-    Methods that take `wildcards` are input functions of rules.
+    `overrides` apply to the run `run` only. A mistake in a configuration is raised as `error`, with its message.
+    Methods that take `wildcards` are input functions of rules; an empty list means no input.
     """
 
     def __init__(self, run: str, overrides: list[str], error: type[Exception]):
@@ -53,38 +54,36 @@ class Plan:
         return read
 
     def check(self) -> None:
-        """Read whatever the run names, so that a mistake ends planning with its own message."""
+        """Read every configuration that the run names, so that a mistake in one ends planning with its message."""
         run = self.load_run(self.run)
-        named = {run.evaluation.features, run.evaluation.alignment} - {None, "fitted"}
+        named = self.evaluation_components(run)
         for stage in run.stages:
             config = self.load_stage(self.run, stage)
             named |= {Path(record).stem for record in self.components_of(config.model)}
-            self._check_filters(f"configs/{self.run}.yaml: dataset.params.filters", config.dataset.params.filters)
+            with self._located(f"configs/{self.run}.yaml: dataset.params.filters"):
+                check_filters(config.dataset.params.filters)
         if run.data:
-            data = self.load_data(run.data)
-            self._check_filters(f"configs/data/{run.data}.yaml: select.filters", data.select.filters)
+            data, where = self.load_data(run.data), f"configs/data/{run.data}.yaml"
+            with self._located(f"{where}: select.filters"):
+                check_filters(data.select.filters)
             named |= {data.latents.text_encoder} - {None}
-            if data.shards.path:
-                self._check_existing(f"configs/data/{run.data}.yaml", data.select)
-            if data.shards.parts < 1:
-                raise self.error(f"configs/data/{run.data}.yaml: shards.parts: {data.shards.parts} is not at least 1")
+            with self._located(where):
+                if data.shards.path:
+                    check_existing(data.select)
+                if data.shards.parts < 1:
+                    raise ConfigError(f"shards.parts: must be at least 1, got {data.shards.parts}")
         for name in sorted(named):
             self.load_component(name)
 
-    def _check_filters(self, where: str, filters: DictConfig | None) -> None:
+    @contextlib.contextmanager
+    def _located(self, where: str) -> Iterator[None]:
         try:
-            predicates.parse(OmegaConf.to_container(filters) if filters else None)
-        except predicates.PredicateError as error:
-            raise self.error(f"{where}: {error}") from None
-
-    def _check_existing(self, where: str, select: DictConfig) -> None:
-        try:
-            check_existing(select)
-        except ConfigError as error:
+            yield
+        except SDTrainError as error:
             raise self.error(f"{where}: {error}") from None
 
     def slice_of(self, wildcards: Any) -> str:
-        """What one step depends on, and nothing else: the text of the file that the step reads."""
+        """Return the frozen slice of a step: the YAML text of the keys that decide its result."""
         kind, name, stage = (wildcards.where.split("/") + [None, None])[1:4]
         if wildcards.where == "resources/components":
             entry = self.load_component(wildcards.step)
@@ -99,15 +98,15 @@ class Plan:
 
     # ------------------------------------------------------------ stages and milestones
     def milestones(self, run: str, stage: str) -> list[int]:
-        """The numbers of images seen at which a stage is exported and measured."""
+        """Return the numbers of images seen at which a stage is exported and evaluated."""
         return list(self.load_stage(run, stage).experiment.milestones)
 
     def milestone_result(self, run: str, stage: str, images: int | None = None) -> str:
-        """The record of a stage's milestone, by default its last."""
+        """Return the record of a stage's milestone, by default of its last."""
         return f"results/runs/{run}/{stage}/{self.milestones(run, stage)[-1] if images is None else images}/train.json"
 
     def earlier_result(self, wildcards: Any) -> str | list:
-        """The milestone before this one; before a stage's first, the one that the stage starts from."""
+        """Return the record of the milestone before this one; for a stage's first, of the one that `init` names."""
         run, stage = wildcards.run, wildcards.stage
         earlier = [m for m in self.milestones(run, stage) if m < int(wildcards.images)]
         if earlier:
@@ -116,30 +115,33 @@ class Plan:
         return f"{Path(init).parent}/train.json" if init and init.startswith("results/runs/") else []
 
     def trained_on(self, run: str, stage: str) -> str | list:
-        """The manifest that a stage trains on, where the workflow makes it."""
+        """Return the manifest that a stage trains on, if the workflow makes it."""
         return made_here(self.load_stage(run, stage).dataset.params.path)
 
     # ------------------------------------------------------------ components
     def components_of(self, model: DictConfig) -> list[str]:
-        """The records of the components that a `model` section names."""
+        """Return the records of the components that a `model` section names."""
         sources = [model.pretrained, *(model[part].pretrained for part in MODEL_PARTS)]
         return sorted({component_record(s) for s in sources if s and s.startswith("resources/components/")})
 
     def folder_files(self, wildcards: Any) -> list[str]:
-        """The files of a component that is a local folder: an edit of one copies it again."""
+        """Return the files of a component that is a local folder; an edit of one copies the folder again."""
         entry = self.load_component(wildcards.component)
         found = Path(entry.path).rglob("*") if entry.source == "folder" else []
         return sorted(str(f) for f in found if f.is_file())
 
     def perceptual_record(self, wildcards: Any) -> str | list:
-        """The record of the component whose features the loss of a trained component compares."""
+        """Return the record of the component that the perceptual loss of a trained component uses."""
         loss = self.load_component(wildcards.component).train.loss
         made = loss.perceptual and (loss.perceptual_network or "").startswith("resources/components/")
         return component_record(loss.perceptual_network) if made else []
 
     # ------------------------------------------------------------ data
     def parts(self, wildcards: Any) -> list[str]:
-        """The manifests of the parts of a split; the few images held out need one, unless resharding looks for them."""
+        """Return the manifests of a split's shard partitions.
+
+        The held-out split is small and needs one partition, unless resharding has to look for it in every source shard.
+        """
         data = self.load_data(wildcards.dataset)
         way = way_in(data)
         parts = data.shards.parts if wildcards.split == "train" or way == "resharded" else 1
@@ -147,23 +149,23 @@ class Plan:
         return [f"{folder}/{part}-of-{parts}.json" for part in range(parts)]
 
     def existing_shards(self, wildcards: Any) -> str | list:
-        """The shards that a dataset takes over, where the workflow makes them."""
+        """Return the manifest of the existing shards that a dataset uses, if the workflow makes it."""
         shards = self.load_data(wildcards.dataset).shards
         held_out = wildcards.split == "held_out" and shards.held_out_path
         return made_here(held_out or shards.path or "")
 
     def text_record(self, wildcards: Any) -> str | list:
-        """The record of the component whose states of the captions are kept beside a dataset's latents."""
+        """Return the record of the text encoder whose states are stored with a dataset's latents."""
         name = self.load_data(wildcards.dataset).latents.text_encoder
         return f"resources/components/{name}.json" if name else []
 
     def text_argument(self, wildcards: Any) -> str:
-        """The argument that names that component."""
+        """Return the argument of precompute_latents that names this text encoder."""
         name = self.load_data(wildcards.dataset).latents.text_encoder
         return f"text_encoder=resources/components/{name}" if name else ""
 
     def manifests(self) -> list[str]:
-        """The manifests that the run trains on and is measured against."""
+        """Return the manifests that the run trains on and is evaluated against."""
         run = self.load_run(self.run)
         found = [self.trained_on(self.run, stage) for stage in run.stages]
         if run.data:
@@ -171,7 +173,7 @@ class Plan:
         return list(dict.fromkeys(name for name in found if name))
 
     def yields(self, run: str) -> str | list:
-        """What tells the yields of a run's dataset: a file of their own; of shards that exist, their manifest."""
+        """Return the file with the yields of a run's dataset; for existing shards, their manifest."""
         data = self.load_run(run).data
         if not data:
             return []
@@ -180,23 +182,23 @@ class Plan:
 
     # ------------------------------------------------------------ evaluation
     def data_folder(self, wildcards: Any) -> str:
-        """Where the data of a run lie."""
+        """Return the data folder of a run."""
         return f"results/data/{self.load_run(wildcards.run).data}"
 
     def train_images(self, wildcards: Any) -> str:
-        """The images that a run trains on."""
+        """Return the manifest of the images that a run trains on."""
         return f"{self.data_folder(wildcards)}/train/shards/manifest.json"
 
     def held_out_images(self, wildcards: Any) -> str:
-        """The images that a run never trains on."""
+        """Return the manifest of the held-out images of a run."""
         return f"{self.data_folder(wildcards)}/held_out/shards/manifest.json"
 
     def feature_network(self, wildcards: Any) -> str:
-        """The network of the Frechet distance."""
+        """Return the folder of the feature network of the Frechet distance."""
         return f"resources/components/{self.load_run(wildcards.run).evaluation.features}"
 
     def score_model(self, wildcards: Any) -> str:
-        """The model of the clip-score: a CLIP component, or a map fitted on the dataset's own features."""
+        """Return the model of the CLIP score: a CLIP component, or a map fitted to the dataset's features."""
         evaluation = self.load_run(wildcards.run).evaluation
         if evaluation.alignment != "fitted":
             return f"resources/components/{evaluation.alignment}"
@@ -204,38 +206,49 @@ class Plan:
         return f"{self.data_folder(wildcards)}/alignment/{names}.safetensors"
 
     def score_text(self, wildcards: Any) -> str:
-        """The component that embeds captions for a fitted map: the run's own text encoder."""
+        """Return the name of the component that embeds captions for a fitted map: the run's text encoder."""
         folder = self.load_run(wildcards.run).model.text_encoder.pretrained or ""
         if not folder.startswith("resources/components/"):
-            where = f"configs/{wildcards.run}.yaml: evaluation.alignment"
-            raise self.error(f"{where}: fitted needs a component as model.text_encoder.pretrained")
+            where = f"configs/{wildcards.run}.yaml: evaluation.alignment: `fitted`"
+            raise self.error(f"{where} needs resources/components/… as model.text_encoder.pretrained")
         return Path(folder).name
 
     def score_networks(self, wildcards: Any) -> str:
-        """The arguments that name the networks of a fitted map; a CLIP model has its own."""
+        """Return the arguments that name the networks of a fitted map; a CLIP model needs none."""
         if self.load_run(wildcards.run).evaluation.alignment != "fitted":
             return ""
         text = f"resources/components/{self.score_text(wildcards)}"
         return f"features={self.feature_network(wildcards)} text={text}"
 
     def score_record(self, wildcards: Any) -> str:
-        """What the clip-score's model is known by: a component's record, or the fitted map itself."""
+        """Return the file of the CLIP score's model: the record of a component, or the fitted map."""
         model = self.score_model(wildcards)
         return model if model.endswith(".safetensors") else f"{model}.json"
 
+    def evaluation_components(self, run: DictConfig) -> set[str]:
+        """Return the names of the components that the evaluation of a run needs."""
+        return {run.evaluation.features, run.evaluation.alignment} - {None, "fitted"}
+
+    def metrics(self, run: str) -> list[str]:
+        """Return the names of the records of a run's metrics."""
+        return ["frechet_distance"] + (["clip_score"] if self.load_run(run).evaluation.alignment else [])
+
     def rows(self, wildcards: Any) -> list[str]:
-        """Every stage and milestone of a run, in order."""
+        """Return every `stage/milestone` of a run, in order."""
         run = wildcards.run
         return [f"{stage}/{m}" for stage in self.load_run(run).stages for m in self.milestones(run, stage)]
 
     def measured(self, wildcards: Any) -> list[str]:
-        """Everything that the report shows."""
-        records = ["train", "samples", "frechet_distance"]
-        if self.load_run(wildcards.run).evaluation.alignment:
-            records.append("clip_score")
+        """Return every record that the report shows."""
+        records = ["train", "samples", *self.metrics(wildcards.run)]
         return [f"results/runs/{wildcards.run}/{row}/{name}.json" for row in self.rows(wildcards) for name in records]
 
 
+def check_filters(filters: DictConfig | None) -> None:
+    """Raise PredicateError if a filter is malformed."""
+    predicates.parse(OmegaConf.to_container(filters) if filters else None)
+
+
 def made_here(path: str) -> str | list:
-    """A path as an input where the workflow makes it; what exists already is no input of any rule."""
+    """Return the path if the workflow makes it, else no input: existing files are not inputs of rules."""
     return path if path.startswith("results/") else []

@@ -1,4 +1,4 @@
-"""Rows a second of select_samples, against reading the same columns with pyarrow and dropping them; and its memory."""
+"""Measure select_samples: rows a second against reading the same columns with pyarrow, and peak memory."""
 
 import re
 import statistics
@@ -15,10 +15,10 @@ import pyarrow.dataset as ds
 from omegaconf import OmegaConf
 
 from sdtrain.config import schema
-from sdtrain.data.tables import ParquetFile
+from sdtrain.data import selection
+from sdtrain.data.tables import write_parquet
 
 ROWS, BATCH, ROUNDS = 2_000_000, 65536, 5
-SCRIPT = Path(__file__).resolve().parents[1] / "workflow/scripts/select_samples.py"
 SELECTION = {  # keeps about 15 % of the rows
     "filters": {
         "original_width": ">=900",
@@ -31,14 +31,14 @@ SELECTION = {  # keeps about 15 % of the rows
 
 
 def write_table(path: Path, rows: int) -> None:
-    """A table like LAION's: addresses, captions, sizes and scores."""
+    """Write a table like LAION's: addresses, captions, sizes and scores."""
     rng, words = np.random.default_rng(0), np.array("a red photo of the new house with free shipping in black".split())
     languages = np.array(["en", "de", "fr"])
     captions = pa.array([" ".join(some) for some in words[rng.integers(0, len(words), (BATCH, 9))]])
     names = [pa.field("url", pa.string()), pa.field("caption", pa.string()), pa.field("language", pa.string())]
     names += [pa.field(name, pa.int64()) for name in ("original_width", "original_height", "hash")]
     names += [pa.field(name, pa.float64()) for name in ("similarity", "punsafe", "aesthetic", "pwatermark")]
-    with ParquetFile(path, pa.schema(names)) as file:
+    with write_parquet(path, pa.schema(names)) as file:
         for begin in range(0, rows, BATCH):
             n = min(BATCH, rows - begin)
             width, height = rng.integers(200, 1600, (2, n))
@@ -60,22 +60,20 @@ def read(path: Path) -> None:
 
 
 def select(path: Path) -> None:
-    """The whole of select_samples, in this process."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    import select_samples
-
+    """Select from the table in this process."""
     config = OmegaConf.merge(OmegaConf.structured(schema.SelectConfig), SELECTION)
-    select_samples.select(config, str(path), str(path.with_name("train.parquet")), str(path.with_name("out.parquet")))
+    selection.select(config, path, path.with_name("train.parquet"), path.with_name("out.parquet"))
 
 
 def seconds(work, path: Path) -> float:
+    """Return the seconds that `work` takes on a table."""
     begin = time.perf_counter()
     work(path)
     return time.perf_counter() - begin
 
 
 def peak_memory(path: Path) -> float:
-    """MB that a process takes at most which selects from the table and does nothing else."""
+    """Return the peak memory, in MB, of a process that only selects from the table."""
     done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -89,7 +87,7 @@ def main() -> None:
         write_table(small, ROWS // 10)
         write_table(large, ROWS)
         ratios = []
-        for number in range(ROUNDS):  # in turn, so that a machine that slows down slows both
+        for number in range(ROUNDS):  # alternately, so that a slower machine slows both
             plain, ours = seconds(read, large), seconds(select, large)
             ratios.append(plain / ours)
             rates = f"read {ROWS / plain:,.0f} rows/s, select {ROWS / ours:,.0f} rows/s"

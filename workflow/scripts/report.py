@@ -23,7 +23,7 @@ from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest, fingerprint
 from sdtrain.config.load import load_config, require
-from sdtrain.data import images, tables, tars
+from sdtrain.data import images, tars, yields
 from sdtrain.data.manifest import read_manifest
 from sdtrain.errors import ConfigError
 from sdtrain.evaluation.features import EvaluationError, read_record, read_samples
@@ -158,7 +158,7 @@ def render(metrics: dict, folder: Path, rows: list[dict], data: Path | None) -> 
     """The page, whole: images and curves are inside it."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"comma": "{:,}".format, "round1": "{:.1f}".format, "short": short_name, "title1": heading}
-    environment.filters["bytes"] = tables.show_bytes
+    environment.filters["bytes"] = yields.show_bytes
     stages = {row["stage"]: row for row in rows}  # the last milestone of each
     evaluate = folder / "config" / "evaluate.yaml"
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

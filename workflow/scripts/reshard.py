@@ -29,7 +29,6 @@ from sdtrain.data.manifest import (
     write_manifest,
 )
 from sdtrain.data.predicates import PredicateError, Predicates, add_yields, held_out_side, parse
-from sdtrain.data.tables import show_shards
 from sdtrain.data.tars import (
     END,
     INDEX,
@@ -41,6 +40,7 @@ from sdtrain.data.tars import (
     read_index,
     read_metadata,
 )
+from sdtrain.data.yields import show_shards
 from sdtrain.errors import ConfigError
 from sdtrain.io import storage
 

@@ -1,6 +1,6 @@
 """Show what a selection keeps: the yield of each filter, the expected download and the number of shards.
 
-yields= is what select_samples wrote, or the manifest of shards that existed.
+yields= is a file that select_samples wrote, or the manifest of existing shards.
 """
 
 from __future__ import annotations
@@ -8,39 +8,19 @@ from __future__ import annotations
 import sys
 
 from sdtrain.config.cli import command_line
-from sdtrain.data.tables import show, show_shards
-from sdtrain.errors import ConfigError
+from sdtrain.data.yields import show_yields
+from sdtrain.errors import ConfigError, one_line_errors
 from sdtrain.io.files import read_json
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     _, own = command_line(argv, None, __doc__, yields=None, samples_per_shard=None, parts=None)
-    try:
-        size, parts = (positive(own, key) for key in ("samples_per_shard", "parts"))
-        result = read_json(own["yields"])
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
-    if "shards" in result:  # a manifest: what is kept is there already
-        print(f"{show_shards(result)}\nshards: {len(result['shards']):,}")
-        return
-    train, held_out = count_shards(result["train"], size, parts), count_shards(result["held_out"], size, 1)
-    print(show(result))
-    several = f" in {parts} parts" if parts > 1 else ""
-    print(f"shards of {size:,}{several}: train {train:,}, held out {held_out:,}")
-
-
-def positive(own: dict[str, str], key: str) -> int:
-    """The argument as a whole number above 0. Raises ConfigError for anything else."""
-    if not own[key].isdecimal() or not int(own[key]):
-        raise ConfigError(f"{key}: {own[key]!r} is not a whole number above 0")
-    return int(own[key])
-
-
-def count_shards(rows: int, size: int, parts: int) -> int:
-    """Shards of `size` rows when each of `parts` equal parts ends with a shard of its own."""
-    edges = [part * rows // parts for part in range(parts + 1)]
-    return sum(-((begin - end) // size) for begin, end in zip(edges, edges[1:], strict=False))
+    with one_line_errors():
+        for key in ("samples_per_shard", "parts"):
+            if not own[key].isdecimal() or not int(own[key]):
+                raise ConfigError(f"{key}: must be a positive whole number, got {own[key]!r}")
+        print(show_yields(read_json(own["yields"]), int(own["samples_per_shard"]), int(own["parts"])))
 
 
 if __name__ == "__main__":

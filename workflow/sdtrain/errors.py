@@ -29,8 +29,8 @@ def one_line_errors(prefix: str = "") -> Iterator[None]:
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return `; did you mean …?` with the nearest of the known names, or `; known here: …` if none is near."""
-    names = [str(name) for name in known]
-    near = difflib.get_close_matches(word.replace("-", "_"), names, 1, cutoff=0.5)
+    names = {str(name).lower(): str(name) for name in known}
+    near = difflib.get_close_matches(word.replace("-", "_").lower(), names, 1, cutoff=0.5)
     if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    return f"; known here: {', '.join(names) or 'none'}"
+        return f"; did you mean {prefix}{names[near[0]]}?"
+    return f"; known here: {', '.join(names.values()) or 'none'}"

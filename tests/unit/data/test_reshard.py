@@ -332,7 +332,7 @@ def test_what_cannot_be_done_is_said(tmp_path, source):
     )
     assert "shards.held_out_path: name the shards" in refused(tmp_path, everything, "split=held_out")
     assert "samples_per_shard: 0 is not above 0" in refused(tmp_path, everything, samples_per_shard=0)
-    assert "filters.a: cannot read predicate" in refused(tmp_path, everything, filters={"a": ">=="})
+    assert "filters.a: cannot parse the predicate" in refused(tmp_path, everything, filters={"a": ">=="})
     assert "part=1 parts=1" in refused(tmp_path, everything, "part=1")
     assert "9.tar: shard is missing" in refused(tmp_path, tmp_path / "9.tar")
     assert not list(tmp_path.glob("resharded/*.json"))

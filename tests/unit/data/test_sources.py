@@ -96,7 +96,7 @@ def test_the_verdict_is_that_on_each_sample(tmp_path_factory, values):
 
 
 def test_a_malformed_filter_and_a_wrong_path_are_named(image_shards, tmp_path):
-    with pytest.raises(DataError, match=r"^dataset\.params\.filters\.original_width: cannot read predicate '=>5'"):
+    with pytest.raises(DataError, match=r"^dataset\.params\.filters\.original_width: cannot parse the predicate '=>5'"):
         TarSource(str(image_shards / "manifest.json"), WANTED, {"original_width": "=>5"})
     with pytest.raises(tars.ShardError, match="00003.tar: shard is missing"):
         TarSource(f"{image_shards}/{{00000..00003}}.tar", WANTED)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import csv
 
-from sdtrain.data import tables
-from sdtrain.data.tables import ParquetFile, Table, TableError, find_files, show, show_bytes, show_shards
+from sdtrain.data import formats
+from sdtrain.data.formats import TableError
+from sdtrain.data.tables import Table, find_files, write_parquet
 
 ROWS = pa.table(
     {
@@ -79,7 +80,7 @@ def test_a_wrong_column_names_the_nearest(tmp_path):
     path = write("csv", tmp_path / "t.csv")
     with pytest.raises(TableError, match=r"columns.url: no column Url; did you mean URL\?"):
         Table(path, {"url": "Url"})
-    with pytest.raises(TableError, match=r"no column caption; columns here: url, TEXT"):
+    with pytest.raises(TableError, match=r"no column caption; known here: url, TEXT"):
         Table(path, {"url": "URL"}).require(["url", "caption"])
     with pytest.raises(TableError, match="columns.TEXT: the table has a column of that name too"):
         Table(path, {"TEXT": "URL"})
@@ -120,7 +121,7 @@ def test_what_is_not_on_s3_is_named(s3):
 
 
 def test_a_type_fits_every_value_of_a_long_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK", 1 << 16)
+    monkeypatch.setattr(formats, "BLOCK", 1 << 16)
     n = 30_000
     late = {
         "ints": ["1"] * n + ["2"],
@@ -150,7 +151,7 @@ def test_a_type_fits_every_value_of_a_long_file(tmp_path, monkeypatch):
 
 
 def test_a_type_fits_every_value_of_long_json_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK", 1 << 16)
+    monkeypatch.setattr(formats, "BLOCK", 1 << 16)
     rows = [{"int": 1, "float": 1, "null": None, "date": "2020-01-01"}] * 10_000
     rows += [{"int": 2, "float": 0.5, "null": "x", "date": "2020-01-02", "late": [1, 2]}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -265,13 +266,13 @@ def test_a_damaged_page_is_found_when_it_is_read(tmp_path):
 
 def test_a_parquet_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "t.parquet"
-    with ParquetFile(path, ROWS.schema) as file:
+    with write_parquet(path, ROWS.schema) as file:
         file.write(ROWS.slice(0, 3))
         file.write(ROWS.slice(3))
         assert not path.exists()
     assert file.rows == 5 and pq.read_table(path).equals(ROWS)
     with pytest.raises(RuntimeError):
-        with ParquetFile(path, ROWS.schema) as file:
+        with write_parquet(path, ROWS.schema) as file:
             file.write(ROWS.slice(0, 1))
             raise RuntimeError
     assert pq.read_table(path).num_rows == 5
@@ -281,7 +282,7 @@ def test_a_parquet_file_is_written_whole_or_not_at_all(tmp_path):
 def test_the_bytes_of_a_parquet_file_depend_on_its_rows_alone(tmp_path):
     many = pa.table({"x": range(150_000)})
     for name, size in (("a", 150_000), ("b", 1000), ("c", 65_537)):
-        with ParquetFile(tmp_path / name, many.schema) as file:
+        with write_parquet(tmp_path / name, many.schema) as file:
             for begin in range(0, 150_000, size):
                 file.write(many.slice(begin, size))
     assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
@@ -289,37 +290,9 @@ def test_the_bytes_of_a_parquet_file_depend_on_its_rows_alone(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
-    with pytest.raises(pa.ArrowInvalid), ParquetFile(tmp_path / "t", pa.schema([("x", pa.int8())])) as file:
+    with pytest.raises(pa.ArrowInvalid), write_parquet(tmp_path / "t", pa.schema([("x", pa.int8())])) as file:
         file.write(pa.table({"x": [1000]}))
     assert not list(tmp_path.iterdir())
-
-
-def test_yields_are_shown_with_what_is_known():
-    rows = [
-        {"column": "w", "predicate": ">= 1", "null": 1, "alone_kept": 2, "alone_dropped": 3, "kept": 2, "dropped": 3}
-    ]
-    result = {"rows": 5, "predicates": rows, "kept": 2, "train": 2, "held_out": 0}
-    assert show(result).splitlines()[-1] == "kept 2: train 2, held out 0"
-    more = {"duplicates": {"column": "url", "dropped": 4}, "rows_limit": 2, "size_from": "b"}
-    assert show(result | more | {"bytes": {"train": 12_345_678, "held_out": 0}}).splitlines()[-4:] == [
-        "duplicates of url dropped: 4",
-        "2 rows at random asked for",
-        "kept 2: train 2, held out 0",
-        "expected download: train 12.3 MB, held out 0 B (from b)",
-    ]
-
-
-def test_what_is_kept_of_shards_is_shown():
-    row = {"column": "w", "predicate": ">= 1", "null": 1, "alone_kept": 5, "kept": 4}
-    manifest = {"samples": 4, "dropped": {"filters": 3, "none": 0}, "shards": []}
-    shown = "w >= 1: keeps 5 alone, 4 after those before it; 1 have no value\ndropped, filters: 3\nkept 4"
-    assert show_shards(manifest | {"yields": [row]}) == shown
-    assert show_shards(manifest) == "no filter was applied\ndropped, filters: 3\nkept 4"
-
-
-def test_bytes_are_shown_in_their_unit():
-    sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 999_949: "1.0 MB", 2.5e12: "2.5 TB", 1e16: "10,000.0 TB"}
-    assert {size: show_bytes(size) for size in sizes} == sizes
 
 
 def test_parquet_tells_which_columns_have_no_null(tmp_path):

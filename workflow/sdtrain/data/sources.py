@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.data import predicates, tables
+from sdtrain.data import formats, predicates, tables
 from sdtrain.data.manifest import THREADS, describe_shard, read_manifest
 from sdtrain.data.tars import INDEX, INDEX_VERSION, ShardError, ShardIndex, read_facts, read_index
 from sdtrain.errors import SDTrainError
@@ -389,7 +389,7 @@ class TableSource(Source):
             if _is_parquet(file):  # what its footer tells is not read: images, above all
                 parquet = _open_parquet(file)
                 names, needed = self._find_columns(file, parquet.schema_arrow.names)
-                paths = tables.full_columns(parquet.metadata.row_group(part))  # of a struct, one full field is enough
+                paths = formats.full_columns(parquet.metadata.row_group(part))  # of a struct, one full field is enough
                 full = {path.partition(".")[0] for path in paths} - set(self.predicates.columns)
                 rows = parquet.metadata.row_group(part).num_rows
                 table = parquet.read_row_group(part, [name for name in needed if name not in full], use_threads=False)

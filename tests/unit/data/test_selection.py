@@ -1,4 +1,4 @@
-"""select_samples: yields, duplicates, random rows, the expected download, and a held-out split by hash alone."""
+"""Selections: yields, duplicates, random rows, the expected download, and a held-out split by hash alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from samples import call_script, kill_script, load_script, run_script, write_tar
+from samples import call_script, kill_script, run_script
 
-from sdtrain.data.manifest import write_manifest
+from sdtrain.data.selection import choose
 
 N = 400
 OUTPUTS = ("train", "held_out", "yields")
@@ -32,7 +32,7 @@ def rows(n=N) -> pa.Table:
 
 
 def arguments(folder, config: dict) -> list[str]:
-    """The command's, for the table in `folder`."""
+    """Return the arguments of select_samples for the table in `folder`."""
     (folder / "select.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     out = [f"{name}={folder}/out/{name}.{'json' if name == 'yields' else 'parquet'}" for name in OUTPUTS]
     return [f"config={folder}/select.yaml", f"table={folder}/table.parquet", *out]
@@ -40,7 +40,7 @@ def arguments(folder, config: dict) -> list[str]:
 
 @pytest.fixture
 def select(tmp_path, capsys):
-    """Run the command; returns (train, held out, yields) or None, and what it said."""
+    """Run the command; return (train, held out, yields) or None, and its output."""
 
     def run(config: dict, table: pa.Table | None = None, row_group_size=1000):
         pq.write_table(rows() if table is None else table, tmp_path / "table.parquet", row_group_size=row_group_size)
@@ -151,11 +151,10 @@ def test_rows_are_chosen_at_random_by_the_seed_alone(select):
 
 
 def test_every_row_is_as_likely():
-    select = load_script("select_samples")
     passing, counts = pa.array([True] * 20), Counter()
     for seed in range(2000):
         config = type("Config", (), {"deduplicate": None, "rows": 5, "seed": seed})
-        chosen, _ = select.choose(passing, None, config)
+        chosen, _ = choose(passing, None, config)
         assert chosen.true_count == 5
         counts.update(i for i, kept in enumerate(chosen.to_pylist()) if kept)
     assert all(400 < counts[i] < 600 for i in range(20))  # 500 expected, 5 standard deviations are 97
@@ -218,12 +217,15 @@ def test_a_null_is_a_value_of_its_own(select):
     [
         ({"filters": {"width": ">=9000"}}, "the selection is empty"),
         ({"filters": {"widht": ">=1"}}, "no column widht; did you mean width?"),
-        ({"filters": {"width": ">=big"}}, "filters.width: cannot read predicate '>=big'"),
+        ({"filters": {"width": ">=big"}}, "filters.width: cannot parse the predicate '>=big'"),
         ({"held_out": {"column": "consept", "fraction": 0.1}}, "no column consept; did you mean concept?"),
-        ({"held_out": {"column": "url", "fraction": 1.5}}, "select.held_out.fraction: 1.5 is not in [0, 1)"),
+        (
+            {"held_out": {"column": "url", "fraction": 1.5}},
+            "held_out.fraction: must be at least 0 and below 1, got 1.5",
+        ),
         ({"held_out": {"column": "url", "fraction": 1e-9}}, "nothing is held out"),
         ({"deduplicate": "ulr"}, "no column ulr; did you mean url?"),
-        ({"rows": 0}, "select.rows: 0 is not a number of rows above 0"),
+        ({"rows": 0}, "select.rows: must be a positive number of rows, got 0"),
         ({"filter": {}}, "unknown key filter; did you mean filters?"),
     ],
 )
@@ -260,54 +262,7 @@ def test_after_kills_the_same_command_ends_in_the_same_bytes(tmp_path):
         left = {path.name: path.read_bytes() for path in out.iterdir()}
         assert all(data == expected[name] for name, data in left.items() if not name.startswith("."))
         kill_script("select_samples", command, after=draw.uniform(0, 0.5))  # and once more, over what is left
-        assert len(list(out.iterdir())) <= 6, "what a killed process leaves aside piles up"
+        assert len(list(out.iterdir())) <= 6, "temporary files of killed processes accumulate"
     assert killed >= 3
     assert not kill_script("select_samples", command)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
-
-
-# ---------------------------------------------------------------- show_yields
-def test_yields_are_shown_with_download_and_shards(select, tmp_path):
-    select({"filters": {"width": ">=100"}, "held_out": {"fraction": 0.1}, "size": {"bytes_per_image": 1_000_000}})
-    yields = json.loads((tmp_path / "out" / "yields.json").read_text())
-    done = run_script("show_yields", f"yields={tmp_path}/out/yields.json", "samples_per_shard=100", "parts=3")
-    assert done.returncode == 0 and "width >= 100" in done.stdout
-    assert f"expected download: train {yields['train']}.0 MB, held out {yields['held_out']}.0 MB" in done.stdout
-    train, held_out = yields["train"], yields["held_out"]
-    assert train > 300 and 0 < held_out < 100  # so that each part has more than one shard
-    assert "shards of 100 in 3 parts: train 6, held out 1" in done.stdout
-
-
-@pytest.mark.parametrize("more", [{}, {"yields": [{"column": "w", "predicate": ">= 1"}]}])
-def test_the_yields_of_shards_that_existed_are_those_of_their_manifest(tmp_path, capsys, more):
-    counts = {"null": 2, "alone_kept": 30, "kept": 20}
-    yields = {"yields": [row | counts for row in more["yields"]]} if more else {}
-    write_tar(tmp_path / "0.tar", [("a", {"txt": b"x"})])
-    write_manifest(tmp_path / "manifest.json", "images", [tmp_path / "0.tar"], {"filters": 7}, {}, **yields)
-    call_script("show_yields", [f"yields={tmp_path}/manifest.json", "samples_per_shard=100", "parts=3"])
-    said = capsys.readouterr().out
-    assert "dropped, filters: 7\nkept 1\nshards: 1\n" in said
-    assert ("w >= 1: keeps 30 alone, 20 after" in said) == bool(more)
-    assert ("no filter was applied" in said) == (not more)
-
-
-def test_shards_are_counted_part_by_part():
-    count = load_script("show_yields").count_shards
-    assert [
-        count(*sizes) for sizes in [(0, 10, 4), (10, 10, 1), (11, 10, 1), (11, 10, 4), (2, 10, 4), (100, 1, 7)]
-    ] == [
-        0,
-        1,
-        2,
-        4,
-        2,
-        100,
-    ]
-
-
-@pytest.mark.parametrize("change, message", [("parts=0", "parts: '0' is not"), ("yields=none.json", "none.json: not")])
-def test_show_yields_says_what_is_wrong(tmp_path, change, message):
-    given = {"yields": f"{tmp_path}/none.json", "samples_per_shard": "1", "parts": "1"}
-    key, _, value = change.partition("=")
-    with pytest.raises(SystemExit, match=message):
-        call_script("show_yields", [f"{k}={v}" for k, v in (given | {key: value}).items()])

@@ -1,4 +1,4 @@
-"""build_shards, run as a command: img2dataset really downloads a part of a selection, its statistics are judged."""
+"""build_shards, run as a command: img2dataset really downloads a part of a selection into shards and a manifest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import pytest
 from downloads import Work
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
-from samples import load_script
 
+from sdtrain.config import schema
+from sdtrain.data import build, img2dataset
 from sdtrain.data.tars import index_tar
+from sdtrain.io.files import LockedError, hold_lock
 
 pytestmark = pytest.mark.usefixtures("reset")
 
@@ -134,11 +137,10 @@ def test_rows_of_the_parts_add_up_to_the_selection(tmp_path_factory, n, parts, g
     folder = tmp_path_factory.mktemp("rows")
     table = pa.table({"url": [str(i) for i in range(n)], "more": range(n), "caption": ["x"] * n})
     pq.write_table(table, folder / "selected.parquet", row_group_size=group)
-    script = load_script("build_shards")
     found = []
     for part in range(parts):
         begin, end = part * n // parts, (part + 1) * n // parts
-        script.write_rows(folder / "selected.parquet", begin, end, ["url", "caption"], folder / "rows.parquet")
+        build.write_rows(folder / "selected.parquet", begin, end, ["url", "caption"], folder / "rows.parquet")
         rows = pq.read_table(folder / "rows.parquet")
         assert rows.num_rows == end - begin and rows.column_names == ["url", "caption"]
         found += rows["url"].to_pylist()
@@ -148,20 +150,19 @@ def test_rows_of_the_parts_add_up_to_the_selection(tmp_path_factory, n, parts, g
 def test_times_and_decimals_become_texts(tmp_path):
     values = {"url": ["u"], "caption": ["c"], "at": [datetime.datetime(2020, 1, 2)], "cost": [decimal.Decimal("1.50")]}
     pq.write_table(pa.table(values), tmp_path / "selected.parquet")
-    load_script("build_shards").write_rows(tmp_path / "selected.parquet", 0, 1, list(values), tmp_path / "rows.parquet")
+    build.write_rows(tmp_path / "selected.parquet", 0, 1, list(values), tmp_path / "rows.parquet")
     (row,) = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert row["cost"] == "1.50" and row["at"].startswith("2020-01-02")
 
 
-def test_two_builds_do_not_write_the_same(tmp_path, monkeypatch):
-    script = load_script("build_shards")
-    monkeypatch.setattr(script, "PATIENCE", 0)
-    with script.locked(tmp_path / "a.json"), script.locked(tmp_path / "b.json"):
-        with pytest.raises(script.BuildError, match=r"a\.json: another build still writes it"):
-            with script.locked(tmp_path / "a.json"):
-                pass
-    with script.locked(tmp_path / "a.json"):
-        pass
+def test_two_builds_do_not_write_the_same(work, monkeypatch):
+    monkeypatch.setattr(build, "PATIENCE", 0)
+    config = OmegaConf.structured(schema.ShardsConfig)
+    work.select(1)
+    work.output.parent.mkdir()
+    with hold_lock(work.output.with_name(".manifest.lock")):
+        with pytest.raises(LockedError, match=r"another build writes manifest\.json .*; wait for it or end it"):
+            build.build_shards(config, str(work.folder / "selected.parquet"), 0, 1, work.output)
 
 
 def test_too_few_images_are_an_error_and_are_asked_again(work, server):
@@ -184,11 +185,14 @@ def test_too_few_images_are_an_error_and_are_asked_again(work, server):
         ({"resize_mode": "stretch"}, "img2dataset failed: ValueError: Invalid option for resize_mode: stretch"),
         ({"environment": {"IMG2DATASET": "/none/img2dataset"}}, "img2dataset is not there (/none/img2dataset)"),
         ({"colums": []}, "unknown key colums; did you mean columns?"),
-        ({"encode_format": "png"}, "shards.encode_quality: of png it is the compression, from 0 to 9"),
+        ({"encode_format": "png"}, "shards.encode_quality: must be between 0 and 9 for png"),
         ({"options": {"thread_count": 3}}, "shards.options.thread_count: set shards.threads instead"),
         ({"options": {"timeout": 3}}, "shards.options.timeout: set shards.timeout instead"),
         ({"options": {"output_format": "files"}}, "shards.options.output_format: not an option to set here"),
-        ({"options": {"compute_hsah": "md5"}}, "shards.options.compute_hsah: did you mean compute_hash?"),
+        (
+            {"options": {"compute_hsah": "md5"}},
+            "shards.options.compute_hsah: not an option to set here; did you mean comp",
+        ),
         ({"options": {"bbox_col": "boxes"}}, "has no column boxes"),
         ({"part": 2, "parts": 2}, "part=2 parts=2: a part from 0 to parts - 1 is expected"),
     ],
@@ -223,4 +227,4 @@ def test_missing_and_empty_selections_are_refused(work):
     ],
 )
 def test_reasons_are_few_and_readable(said, reason):
-    assert load_script("build_shards").explain(said) == reason
+    assert img2dataset.explain(said) == reason

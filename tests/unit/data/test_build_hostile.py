@@ -16,6 +16,7 @@ import pytest
 from downloads import Work, content, wait
 from samples import ROOT, load_script, write_tar
 
+from sdtrain.data.img2dataset import read_stats
 from sdtrain.data.tars import index_tar
 
 MANNERS = {
@@ -83,9 +84,9 @@ def test_killed_builds_end_as_an_uninterrupted_one(whole, work, server):
 def test_a_build_ends_its_img2dataset(work, server, signal_number):
     """Where it is told to end, and where img2dataset stands still: one of its processes was killed, as for memory."""
     driver = (
-        "import signal, sys; from samples import load_script; module = load_script('build_shards');"
-        "signal.signal(signal.SIGUSR1, lambda *_: setattr(module, 'STANDSTILL', 1));"
-        "module.main(sys.argv)"
+        "import signal, sys; from samples import load_script; from sdtrain.data import img2dataset;"
+        "signal.signal(signal.SIGUSR1, lambda *_: setattr(img2dataset, 'STANDSTILL', 1));"
+        "load_script('build_shards').main(sys.argv)"
     )
     work.select(8)
     server.slow = 2
@@ -182,8 +183,7 @@ def kill_self_before(number: int) -> None:
 
 def finished(work: Work) -> list[str]:
     """The shards whose statistics are whole."""
-    build_shards = load_script("build_shards")
-    return [name for folder in work.output.parent.glob("*/") for name in build_shards.read_stats(folder)]
+    return [name for folder in work.output.parent.glob("*/") for name in read_stats(folder)]
 
 
 def count_asked(server, shard: str) -> int:

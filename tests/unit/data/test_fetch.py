@@ -161,7 +161,7 @@ def test_a_download_that_is_cut_off_is_an_error_and_then_made_again(fetch_here, 
     server.routes["/t.parquet"], server.cut_after = parquet(), 100
     config = {"path": f"{server.url}/t.parquet", "columns": COLUMNS}
     table, said = fetch_here(config)
-    assert table is None and "cannot download" in said and "cut off after 100 of" in said
+    assert table is None and "cannot be read (cut off after 100 of" in said
     server.cut_after = None
     assert fetch_here(config)[0].num_rows == 2
 
@@ -201,13 +201,13 @@ def test_paths_of_images_become_urls(fetch_here, tmp_path):
         ({"path": None}, "table.path: missing"),
         ({"path": "none/*.csv"}, "none/*.csv: no table there"),
         ({"path": "none/{a"}, "none/{a: no table there (unbalanced braces"),
-        ({"path": f"{NOWHERE}/t.parquet"}, "cannot download"),
-        ({"path": f"{NOWHERE}/{{0..1}}.parquet", "sha256": "0" * 64}, "cannot download"),
-        ({"path": "{a,b}.parquet", "sha256": "0" * 64}, "table.sha256: it is of a single file, and"),
+        ({"path": f"{NOWHERE}/t.parquet"}, "/t.parquet: cannot be read"),
+        ({"path": f"{NOWHERE}/{{0..1}}.parquet", "sha256": "0" * 64}, "/0.parquet: cannot be read"),
+        ({"path": "{a,b}.parquet", "sha256": "0" * 64}, "table.sha256: must belong to a single file, but"),
         ({"columns": {"url": "Url"}}, "columns.url: no column Url; did you mean URL?"),
         ({"columns": {"url": "URL"}}, "no column caption"),
-        ({"columns": {"url": "WIDTH", "caption": "TEXT"}}, "the column url holds int64; texts are expected"),
-        ({"kind": "file"}, "table.kind: 'file' is not one of files, hub, emoji"),
+        ({"columns": {"url": "WIDTH", "caption": "TEXT"}}, "the column url holds int64, expected texts"),
+        ({"kind": "file"}, "table.kind: must be one of files, hub, emoji, got 'file'"),
         ({"columm": {}}, "unknown key columm; did you mean columns?"),
     ],
 )
@@ -244,7 +244,7 @@ def test_after_kills_the_same_command_ends_in_the_same_bytes(server, tmp_path):
         killed += kill_script("fetch_table", command, **point)
         assert all(data == expected[name] for name, data in files().items() if not Path(name).name.startswith("."))
         kill_script("fetch_table", command, after=draw.uniform(0, 0.5))  # and once more, over what is left
-        assert len(files()) <= 2 * len(expected), "what a killed process leaves aside piles up"
+        assert len(files()) <= 2 * len(expected), "temporary files of killed processes accumulate"
     assert killed >= 3
     assert not kill_script("fetch_table", command)
     assert files() == expected

@@ -52,12 +52,14 @@ clean-env:  ## remove the environments
 
 # ---------------------------------------------------------------- environments
 # Each environment has a stamp file, written last, so the next `make env` completes an interrupted one. Packages come from
-# the lock files, with their hashes checked. npm is installed only if the machine has none.
-.venv/.done: requirements/env.txt requirements/torch.txt requirements/npm.txt | $(filter .venv-uv/%,$(UV))
+# the lock files, with their hashes checked. The library is installed in editable mode.
+# npm is installed only if the machine has none.
+.venv/.done: pyproject.toml requirements/env.txt requirements/torch.txt requirements/npm.txt | $(filter .venv-uv/%,$(UV))
 	$(call make_venv,.venv)
 	$(UV_INSTALL) --python .venv/bin/python -r requirements/env.txt -r requirements/torch.txt
 	command -v npm >/dev/null || $(UV_INSTALL) --python .venv/bin/python -r requirements/npm.txt
-	echo "$(CURDIR)/workflow" > .venv/lib/python3.11/site-packages/sdtrain.pth
+	rm -f .venv/lib/python3.11/site-packages/sdtrain.pth # of earlier versions
+	$(UV_INSTALL) --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	touch $@
 
 .venv-data/.done: requirements/img2dataset.txt .venv/.done | $(filter .venv-uv/%,$(UV))
@@ -82,13 +84,16 @@ define make_venv
 endef
 
 # ---------------------------------------------------------------- locks
-# The locks hold for every platform and name no package index. torch takes part in the resolution; then it and the
-# packages that only it needs (triton, nvidia-*, cuda-*) are left out.
+# The locks hold for every platform and name no package index. Versions of the present lock are kept where they fit; a
+# new one is taken with ARGS=--upgrade. torch takes part in the resolution; then it and the packages that only it needs
+# (triton, nvidia-*, cuda-*) are left out.
 LOCK = env -u UV_FIND_LINKS $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-header --no-annotate --constraint requirements/torch.txt
+	--no-header --no-annotate --constraint requirements/torch.txt $(ARGS)
 WITHOUT_TORCH = awk '/^[a-z]/ { keep = $$0 !~ /^(torch|triton|nvidia-|cuda-)/ } keep'
 
-lock: $(filter .venv-uv/%,$(UV))  ## regenerate the lock files from requirements/*.in
+lock: $(filter .venv-uv/%,$(UV))  ## update the lock files from requirements/*.in (ARGS=--upgrade: to the newest versions)
 	for name in env img2dataset npm uv; do \
-		$(LOCK) requirements/$$name.in | $(WITHOUT_TORCH) > requirements/.$$name.txt; \
-		mv requirements/.$$name.txt requirements/$$name.txt; done
+		cp requirements/$$name.txt requirements/.$$name.txt; \
+		$(LOCK) requirements/$$name.in --output-file requirements/.$$name.txt >/dev/null; \
+		$(WITHOUT_TORCH) requirements/.$$name.txt > requirements/.$$name.new; \
+		mv requirements/.$$name.new requirements/$$name.txt; rm requirements/.$$name.txt; done

@@ -99,7 +99,8 @@ def test_conda_environment_has_the_pins_of_the_locks(name):
 
 
 def test_conda_environments_together_have_every_direct_dependency():
-    tools = {"hypothesis", "moto", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "snakefmt"}
+    tools = {"hypothesis", "moto", "mypy", "pandas-stubs", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}
+    tools |= {"setuptools", "snakefmt", "types-tqdm"}
     anywhere = conda_pins("workflow") | conda_pins("train") | conda_pins("data")
     assert set(direct_pins()) - tools <= set(anywhere)
     assert set(pins(REQUIREMENTS / "img2dataset.in")) <= set(conda_pins("data"))
@@ -118,10 +119,19 @@ def third_party_imports(path: Path) -> set[str]:
 
 def test_every_import_of_the_library_and_the_scripts_is_a_direct_dependency():
     packages = metadata.packages_distributions()
-    for path in sorted([*ROOT.glob("workflow/sdtrain/*.py"), *ROOT.glob("workflow/scripts/*.py")]):
+    for path in sorted([*ROOT.glob("workflow/sdtrain/**/*.py"), *ROOT.glob("workflow/scripts/*.py")]):
         for module in third_party_imports(path):
             names = {canonicalize_name(name) for name in packages.get(module, [module])} | {canonicalize_name(module)}
             assert names & set(direct_pins()), f"{path.name} imports {module}: add it to requirements/env.in"
+
+
+def test_dependencies_of_the_package_are_the_pinned_ones_of_the_library():
+    section = (REQUIREMENTS / "env.in").read_text().partition("# --- the library\n")[2].partition("# ---")[0]
+    names = {canonicalize_name(Requirement(line.partition(" #")[0]).name) for line in section.splitlines() if line}
+    pinned, dependencies = direct_pins(), [Requirement(text) for text in project()["dependencies"]]
+    assert {canonicalize_name(dependency.name) for dependency in dependencies} == names | {"torch"}
+    for dependency in dependencies:
+        assert dependency.specifier.contains(pinned[canonicalize_name(dependency.name)]), str(dependency)
 
 
 def test_what_is_installed_here_is_what_the_lock_says():
@@ -129,9 +139,12 @@ def test_what_is_installed_here_is_what_the_lock_says():
         assert metadata.version(name).partition("+")[0] == version, name
 
 
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def test_project_metadata_agrees_with_make():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=3.11,<3.12"
+    assert project()["requires-python"] == ">=3.11,<3.12"
     assert re.search(r"^PYTHON \?= python3\.11$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
@@ -139,6 +152,7 @@ def test_project_metadata_agrees_with_make():
 def checkout(tmp_path):
     """The Makefile and the requirements in a folder without environments."""
     shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(REQUIREMENTS, tmp_path / "requirements")
     return tmp_path
 

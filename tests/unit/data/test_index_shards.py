@@ -83,7 +83,7 @@ def test_the_held_out_split_has_shards_of_its_own(tmp_path, tars):
 
 def test_what_cannot_be_adopted_is_named(tmp_path, tars):
     assert "shards.held_out_path: name the shards" in refused(tmp_path, tars[0], "split=held_out")
-    assert "nothing there matches" in refused(tmp_path, f"{tmp_path}/none/*.tar")
+    assert "no file matches" in refused(tmp_path, f"{tmp_path}/none/*.tar")
     assert "9.tar: shard is missing" in refused(tmp_path, f"{tmp_path}/a/{{0,9}}.tar")
     assert f"names {tars[0]} more than once" in refused(tmp_path, f"{tmp_path}/a/{{0,0}}.tar")
     assert "part=2 parts=2: a part from 0 to parts - 1" in refused(tmp_path, tars[0], "part=2", "parts=2")
@@ -92,7 +92,7 @@ def test_what_cannot_be_adopted_is_named(tmp_path, tars):
     assert "select.deduplicate: is for tables only" in refused(tmp_path, tars[0], select={"deduplicate": "url"})
     tars[1].write_bytes(tars[1].read_bytes()[:700])
     assert "1.tar: not a whole tar" in refused(tmp_path, f"{tmp_path}/a/*.tar")
-    assert "the command ended with 3" in refused(tmp_path, "pipe:exit 3")
+    assert "the command failed with exit code 3" in refused(tmp_path, "pipe:exit 3")
     assert not (tmp_path / "indexed/0-of-1.json").exists()
 
 

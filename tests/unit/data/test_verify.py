@@ -121,7 +121,7 @@ def test_remote_shards_are_read_to_the_end(s3, folder, tmp_path):
     assert fault.startswith(f"{place}: sha256 differs") and "restore it from its source" in fault
     s3.client.delete_object(Bucket="tests", Key="verify/0.tar")
     (fault,) = find_faults(tmp_path / "manifest.json")
-    assert fault.startswith(f"{place}: nothing is there")
+    assert fault.startswith(f"{place}: no such file")
 
 
 def test_the_fingerprint_and_the_empty_caption_are_checked(folder):

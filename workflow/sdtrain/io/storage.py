@@ -1,15 +1,15 @@
-"""Local paths, s3:// and http(s):// addresses and pipe: commands under one roof: list, copy, read whole or a range.
+"""List, copy and read local paths, s3:// and http(s):// addresses, and the output of pipe: commands.
 
-Credentials and endpoints of S3 come from the environment (AWS_*, or FSSPEC_S3_ANON=true for public buckets).
+The environment gives S3 credentials and endpoints (AWS_*, or FSSPEC_S3_ANON=true for public buckets).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import http.client
+import math
 import os
 import shutil
 import subprocess
@@ -18,30 +18,32 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from sdtrain.errors import SDTrainError
+from sdtrain.io.files import atomic_path, hold_lock
 
-TIMEOUT = 30  # seconds without an answer
+TIMEOUT = 30  # seconds without data from an HTTP server
 S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 4, "mode": "standard"}}
 BLOCK = 1 << 20  # bytes
 
 
 class StorageError(SDTrainError, OSError):
-    """A place that cannot be read; the message names it, what it answered and the remedy."""
+    """An address that cannot be read; the message names the address, the reason and the remedy."""
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is a path of this machine."""
+    """Return whether an address is a local path."""
     return not (address.startswith("pipe:") or "://" in address)
 
 
 def expand(address: str | Path) -> list[str]:
-    """The addresses behind brace notation, then globs (of paths and s3://), in order; a pipe: command has no globs.
+    """Return the addresses that braces, then globs (of paths and s3://) stand for, in order.
 
-    Raises StorageError for unbalanced braces and for a glob that finds nothing.
+    Globs in pipe: commands are left to the shell. Raise StorageError for unbalanced braces and for a glob without
+    matches.
     """
     try:
         expanded = list(braceexpand(str(address)))
@@ -51,12 +53,12 @@ def expand(address: str | Path) -> list[str]:
 
 
 def walk(address: str) -> list[str]:
-    """The files below a folder of this machine or of s3://, in order, or the address itself where it is a file."""
+    """Return the sorted files below a local or s3:// folder, or the address itself if it is a file."""
     if is_local(address):
         pattern = f"{glob.escape(address)}/**" if os.path.isdir(address) else glob.escape(address)
         return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if address.startswith(("http://", "https://", "pipe:")):
-        raise StorageError(f"{address}: files are not listed there; copy them to this machine or to s3://")
+        raise StorageError(f"{address}: files cannot be listed there; copy them to a local folder or to s3://")
     with _named(address):
         filesystem, path = find_filesystem(address)
         protocol = address.partition("://")[0]
@@ -64,17 +66,17 @@ def walk(address: str) -> list[str]:
 
 
 def copy(address: str, file: BinaryIO) -> None:
-    """Append all bytes of an address to an open file of this machine. A pipe: command is run by bash, with pipefail."""
+    """Append all bytes of an address to an open local file. Bash runs a pipe: command, with pipefail."""
     if address.startswith("pipe:"):
         command = ["bash", "-o", "pipefail", "-c", address.removeprefix("pipe:")]
-        file.flush()  # the command writes behind Python's back
+        file.flush()  # the command writes to the descriptor, past Python's buffer
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE, check=False)
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no output"]
-            raise StorageError(f"{address}: the command ended with {done.returncode}: {said[-1]}")
+            raise StorageError(f"{address}: the command failed with exit code {done.returncode}: {said[-1]}")
         return
     with _named(address), _open(address) as source:
-        expected = getattr(source, "length", None)  # of an http answer
+        expected = getattr(source, "length", None)  # of an HTTP response
         begin = file.tell()
         shutil.copyfileobj(source, file, BLOCK)
         if expected is not None and file.tell() - begin != expected:
@@ -82,25 +84,25 @@ def copy(address: str, file: BinaryIO) -> None:
 
 
 def read(address: str, limit: int | None = None) -> bytes:
-    """All bytes of an address that is no pipe: command. Raises StorageError for one of more than `limit` bytes."""
+    """Return all bytes of an address (not pipe:). Raise StorageError if there are more than `limit` bytes."""
     with _named(address), _open(address) as source:
         data = source.read(-1 if limit is None else limit + 1)
         if limit is not None and len(data) > limit:
             raise OSError(f"more than {limit:,} bytes")
-        if getattr(source, "length", None):  # what an http answer still owes
+        if getattr(source, "length", None):  # bytes missing from an HTTP response
             raise OSError(f"cut off after {len(data)} bytes")
         return data
 
 
 def read_range(address: str, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset` on, or fewer at the end, of an address that is no pipe: command."""
+    """Return `size` bytes from `offset`, or fewer at the end of the file, of an address (not pipe:)."""
     with _named(address):
         if is_local(address):
             with open(address, "rb", buffering=0) as file:
                 return os.pread(file.fileno(), size, offset)
         if address.startswith(("http://", "https://")):
             with _open(address, {"Range": f"bytes={offset}-{offset + size - 1}"}) as answer:
-                if answer.status != 206:  # the server knows no ranges
+                if answer.status != 206:  # the server ignores ranges and sends the whole file
                     answer.read(offset)
                 data = answer.read(size)
                 if len(data) < size and answer.length:
@@ -112,7 +114,7 @@ def read_range(address: str, offset: int, size: int) -> bytes:
 
 @contextlib.contextmanager
 def local(address: str) -> Iterator[str]:
-    """A path with the address's bytes, as a context: itself where it is local, else a temporary copy."""
+    """Yield a local path with the bytes of an address: the address itself if it is local, else a temporary copy."""
     if is_local(address):
         yield address
         return
@@ -123,63 +125,59 @@ def local(address: str) -> Iterator[str]:
 
 
 def fetch(address: str, folder: str | Path) -> str:
-    """A copy of an address in `folder`, made once, whole or not at all; processes that want it together wait for it."""
+    """Return the path of a complete copy of an address in `folder`; concurrent processes make it once."""
     target = Path(folder, hashlib.sha256(address.encode()).hexdigest()[:24])
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{target}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold_lock(f"{target}.lock", wait_seconds=math.inf):
             if not target.exists():
-                aside = Path(f"{target}.tmp")
-                with open(aside, "wb") as file:
+                with atomic_path(target) as temporary, open(temporary, "wb") as file:
                     copy(address, file)
-                os.replace(aside, target)
     return str(target)
 
 
 @contextlib.contextmanager
 def _named(address: str) -> Iterator[None]:
-    """Turn whatever a file system, botocore or urllib raises into a StorageError that names the address."""
+    """Convert the errors of file systems, botocore and urllib to a StorageError that names the address."""
     try:
         yield
     except StorageError:
         raise
     except FileNotFoundError:
-        raise StorageError(f"{address}: nothing is there; correct the path") from None
+        raise StorageError(f"{address}: no such file; correct the path") from None
     except Exception as error:
-        if (
-            not isinstance(error, OSError | ValueError | http.client.HTTPException)
-            and "boto" not in type(error).__module__
-        ):
+        expected = isinstance(error, OSError | ValueError | http.client.HTTPException)
+        if not expected and "boto" not in type(error).__module__:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise StorageError(f"{address}: cannot be read ({reason[0]}); check the address, access and network") from None
 
 
-def find_filesystem(address: str):
-    """fsspec's file system for an address, and the path there. Raises StorageError for a protocol that has none."""
+def find_filesystem(address: str) -> tuple[Any, str]:
+    """Return the fsspec file system of an address and the path in it. Raise StorageError for an unknown protocol."""
     protocol, separator, rest = address.partition("://")
     rest = urllib.parse.unquote(rest) if protocol == "file" else rest
     try:
         return (_filesystem(protocol), rest) if separator else (_filesystem("file"), address)
     except (ImportError, ValueError) as error:
-        raise StorageError(f"{address}: no access to {protocol}:// here ({error}); s3:// and http(s):// are") from None
+        raise StorageError(
+            f"{address}: {protocol}:// is not supported ({error}); use a local path, s3:// or http(s)://"
+        ) from None
 
 
-def _filesystem(protocol: str):
-    """fsspec keeps one a process, and makes another after a fork; what lies on S3 may change between two looks."""
+def _filesystem(protocol: str) -> Any:
+    """Return the file system of a protocol; fsspec caches one per process and makes a new one after a fork."""
     import fsspec
 
-    return fsspec.filesystem(
-        protocol, **({"config_kwargs": S3, "use_listings_cache": False} if protocol == "s3" else {})
-    )
+    # without the listings cache, because objects on S3 may change between two calls
+    options = {"config_kwargs": S3, "use_listings_cache": False} if protocol == "s3" else {}
+    return fsspec.filesystem(protocol, **options)
 
 
 def _glob(address: str) -> list[str]:
     if not glob.has_magic(address) or address.startswith(("pipe:", "http://", "https://")):
         return [address]
     if is_local(address):
-        # brackets may be part of a name
+        # a file name may contain brackets
         found = [address] if os.path.exists(address) else sorted(glob.glob(address, recursive=True))
     else:
         with _named(address):
@@ -187,7 +185,7 @@ def _glob(address: str) -> list[str]:
             protocol = address.partition("://")[0]
             found = sorted(f"{protocol}://{name}" for name in filesystem.glob(path))
     if not found:
-        raise StorageError(f"{address}: nothing there matches; correct the path")
+        raise StorageError(f"{address}: no file matches; correct the path")
     return found
 
 

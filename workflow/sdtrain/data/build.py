@@ -23,6 +23,7 @@ from sdtrain.data.img2dataset import (
     run_img2dataset,
 )
 from sdtrain.data.manifest import write_manifest
+from sdtrain.data.tables import Table
 from sdtrain.data.tars import ShardError, ShardWriter, index_tar
 from sdtrain.errors import ConfigError, did_you_mean
 from sdtrain.io.files import hold_lock, sha256_file, temporary_path
@@ -44,7 +45,7 @@ def build_shards(config: DictConfig, selection: str, part: int, parts: int, outp
     """
     settings: Any = OmegaConf.to_container(config)
     columns = list_columns(config)
-    total = check_selection(selection, columns, config.columns)
+    total = count_rows(selection, columns, config.columns)
     begin, end = part * total // parts, (part + 1) * total // parts
     img2dataset_options(config)  # raises for wrong ones before any work
     lock = output.with_name(f".{output.stem}.lock")
@@ -70,26 +71,26 @@ def list_columns(config: DictConfig) -> list[str]:
     return list(dict.fromkeys(["url", "caption", *config.columns, *(name for name in more if name)]))
 
 
-def check_selection(selection: str, columns: list[str], saved: list[str]) -> int:
+def count_rows(selection: str, columns: list[str], saved: list[str]) -> int:
     """Return the number of rows of the selection.
 
-    Raise BuildError if it is unreadable or empty, ConfigError for columns that it lacks or that cannot be saved.
+    Raise TableError if it is unreadable, BuildError if it is empty, ConfigError for columns that it lacks or that
+    cannot be saved.
     """
-    try:
-        file = pq.ParquetFile(selection)
-    except (OSError, ValueError) as error:
-        raise BuildError(f"{selection}: cannot read the selection: {error}") from None
-    if not file.metadata.num_rows:
-        raise BuildError(f"{selection}: no rows; a held-out split needs select.held_out.fraction above 0")
+    table = Table(selection)
     for name in columns:
         if name in saved and name in RESERVED:
             raise ConfigError(f"shards.columns: {name} is written by img2dataset itself; take it off the list")
-        if name not in file.schema_arrow.names:
-            hint = did_you_mean(name, file.schema_arrow.names)
-            raise ConfigError(f"shards.columns: {selection} has no column {name}{hint}")
-        if "binary" in str(file.schema_arrow.field(name).type):
+        if name not in table.schema.names:
+            raise ConfigError(
+                f"shards.columns: {selection} has no column {name}{did_you_mean(name, table.schema.names)}"
+            )
+        if "binary" in str(table.schema.field(name).type):
             raise ConfigError(f"shards.columns: {name} holds bytes, which JSON cannot; take it off the list")
-    return file.metadata.num_rows
+    rows = table.count()
+    if not rows:
+        raise BuildError(f"{selection}: no rows; a held-out split needs select.held_out.fraction above 0")
+    return rows
 
 
 def write_rows(selection: str | Path, begin: int, end: int, columns: list[str], path: Path) -> None:

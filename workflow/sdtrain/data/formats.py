@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,7 +80,7 @@ class ParquetReader(Reader):
         wanted = pa.schema([self.schema.field(name) for name in columns])
         with pq.ParquetFile(self.places[file], filesystem=self.filesystem) as source, ThreadPoolExecutor(1) as thread:
             present = [name for name in columns if name in source.schema_arrow.names]
-            ahead = collections.deque()
+            ahead: collections.deque[Future[pa.Table]] = collections.deque()
             for group in range(source.num_row_groups):
                 ahead.append(thread.submit(source.read_row_group, group, present))
                 if len(ahead) > 1:

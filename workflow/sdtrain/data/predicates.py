@@ -22,7 +22,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-OPERATIONS = {**ORDER, "==": operator.eq}
 FORMS = '">=512", "<=0.5", ">3", "<3", "==x", "!=x", "in [a, b]", "not in [a, b]", a bare value, or a list of these'
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,"'\[\]]+?)\s*(?:,|$)""")
@@ -65,16 +64,16 @@ class Predicate:
         """Return a bool for each value of a column: whether it passes."""
         import numpy as np
 
-        if column.kind == "json":
+        if column.indices is not None:
             return np.array([self.passes(value) for value in column.values], bool)[column.indices]
-        sign = self.operation if self.operation in ORDER else "=="
+        compare = ORDER.get(self.operation, operator.eq)
         found = np.zeros(len(column.null), bool)
         for operand in self.operands:
-            if _kind(operand) == column.kind:
-                found |= column.compare(sign, operand)
+            if _kind(operand) == "number":
+                found |= compare(column.values, operand)
         if self.operation == "not in":
-            return ~(found | column.null)
-        return found | column.null if sign == "==" and None in self.operands else found
+            found = ~found
+        return (found & ~column.null) | (column.null & self.passes(None))
 
 
 @dataclass(frozen=True)
@@ -262,69 +261,50 @@ def _to_float(number: Any) -> float:
 class _Column:
     """The values of a column as predicates read them, and a bool for each row: whether its value is null.
 
-    Numbers and booleans are in NumPy, texts in Arrow. A JSON column has its distinct values, and in `indices` the place
-    of each row among them.
+    Numbers are a NumPy array, one a row. Other values are a list of the distinct ones, with the place of each row's
+    value in `indices`.
     """
 
-    kind: str  # number, boolean, text, null, json
     null: np.ndarray
     values: Any
     indices: np.ndarray | None = None
 
-    def compare(self, sign: str, operand: Any) -> np.ndarray:
-        """Return where a value is ordered like this, or equal ("=="), to an operand of its kind; a null never is."""
-        if self.kind != "text":
-            return OPERATIONS[sign](self.values, operand) & ~self.null
-        import numpy as np
-        import pyarrow.compute as pc
-
-        names = {"<": "less", "<=": "less_equal", ">": "greater", ">=": "greater_equal", "==": "equal"}
-        try:
-            operand.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which Arrow cannot hold
-            return np.array([v is not None and OPERATIONS[sign](v, operand) for v in self.values.to_pylist()], bool)
-        found = getattr(pc, names[sign])(self.values, operand).fill_null(False)
-        return found.to_numpy(zero_copy_only=False).astype(bool)
-
 
 def _read_column(table: pa.Table, name: str) -> _Column:
+    """Read a column. Floats become 64 bits wide, as in JSON; a NaN counts as null."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import types
+
     if name not in table.column_names:
         raise PredicateError(f"filters.{name}: the table has no column {name}{did_you_mean(name, table.column_names)}")
-    is_json = (table.schema.field(name).metadata or {}).get(b"json") == b"1"
-    return (_json_column if is_json else _typed_column)(table.column(name), name)
+    column, kind = table.column(name), table.schema.field(name).type
+    if (table.schema.field(name).metadata or {}).get(b"json") == b"1":
+        return _read_distinct(column, name, json.loads)
+    if types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if types.is_null(kind):
+        column, kind = column.cast("int64"), pa.int64()
+    if types.is_integer(kind):
+        return _Column(column.is_null().to_numpy(), column.fill_null(0).to_numpy())
+    if types.is_floating(kind):
+        return _Column(column.is_null(nan_is_null=True).to_numpy(), column.to_numpy().astype(np.float64, copy=False))
+    if types.is_boolean(kind) or types.is_string(kind) or types.is_large_string(kind):
+        return _read_distinct(column, name)
+    if types.is_string_view(kind):
+        return _read_distinct(column.cast("string"), name)
+    raise PredicateError(f"filters.{name}: the column holds {kind}; predicates compare numbers, texts and booleans")
 
 
-def _json_column(column: pa.ChunkedArray, name: str) -> _Column:
+def _read_distinct(column: pa.ChunkedArray, name: str, decode: Callable[[Any], Any] = lambda value: value) -> _Column:
     import numpy as np
 
     encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
     try:
-        values = [None if text is None else json.loads(text) for text in encoded.dictionary.to_pylist()]
+        values = [None if value is None else decode(value) for value in encoded.dictionary.to_pylist()]
     except ValueError as error:
         raise PredicateError(
             f"filters.{name}: the column must hold JSON texts ({error}); index the shard again"
         ) from None
     indices = encoded.indices.to_numpy()
-    null = np.array([_is_null(value) for value in values], bool)[indices]
-    return _Column("json", null, values, indices)
-
-
-def _typed_column(column: pa.ChunkedArray, name: str) -> _Column:
-    """Read a column of one Arrow type. Floats become 64 bits wide, as in JSON; a NaN counts as null."""
-    import numpy as np
-    from pyarrow import types
-
-    if types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind, null = column.type, np.asarray(column.is_null(nan_is_null=True).to_numpy(), bool)
-    if types.is_null(kind):
-        return _Column("null", null, None)
-    if types.is_boolean(kind):
-        return _Column("boolean", null, np.asarray(column.fill_null(False).to_numpy(), bool))
-    if types.is_integer(kind):
-        return _Column("number", null, column.fill_null(0).to_numpy())
-    if types.is_floating(kind):
-        return _Column("number", null, column.to_numpy().astype(np.float64, copy=False))
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return _Column("text", null, column.cast("string") if types.is_string_view(kind) else column)
-    raise PredicateError(f"filters.{name}: the column holds {kind}; predicates compare numbers, texts and booleans")
+    return _Column(np.array([_is_null(value) for value in values], bool)[indices], values, indices)

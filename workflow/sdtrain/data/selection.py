@@ -129,8 +129,11 @@ def write_rows(
             rows = batch.filter(pa.array(mask))
             writer.write(rows)
             sizes[side] += measure(rows, columns)
-    expected = {side: expected_bytes(*sizes[i], columns, config.size) for i, side in enumerate(("train", "held_out"))}
-    return {"bytes": expected, "size_from": size_source(columns, config.size)}
+    expected = [expected_bytes(known, unknown, columns, config.size) for known, unknown in sizes.tolist()]
+    return {
+        "bytes": dict(zip(("train", "held_out"), expected, strict=True)),
+        "size_from": size_source(columns, config.size),
+    }
 
 
 def split(batch: pa.Table, chosen: pa.BooleanArray, held: DictConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +164,7 @@ def measure(table: pa.Table, columns: list[str]) -> np.ndarray:
 def expected_bytes(known: int, unknown: int, columns: list[str], size: DictConfig) -> int:
     """Return the expected bytes of all files, from the two counts of `measure`."""
     bytes_each = size.bytes_per_pixel if len(columns) == 2 else 1
-    return round(int(known) * bytes_each + int(unknown) * size.bytes_per_image)
+    return round(known * bytes_each + unknown * size.bytes_per_image)
 
 
 def size_source(columns: list[str], size: DictConfig) -> str:

@@ -14,10 +14,9 @@ from sdtrain.config.load import held_out_dataset, load_config, require
 from sdtrain.data import tars
 from sdtrain.data.stream import DataError, PositionDataset, open_dataset
 from sdtrain.errors import ConfigError
-from sdtrain.io.files import read_json, write_json
+from sdtrain.io.files import read_json, replace_folder, write_json
 from sdtrain.models.parts import ModelError
 from sdtrain.models.pipeline import generate, grid, load_pipeline
-from sdtrain.training import checkpoint
 
 
 def captions_of(dataset: PositionDataset, count: int) -> list[str]:
@@ -67,7 +66,7 @@ def sample(settings, stage, trained: dict, held_out: str, output: Path) -> dict:
         images = list(generate(pipe, entry["prompts"], resolution, batch_size=settings.batch_size, **options))
         entry.update(image=str(folder / f"grid{number}.png"), columns=8)
         grid(images, entry["columns"]).save(aside / f"grid{number}.png")
-    checkpoint.replace_folder(aside, folder)
+    replace_folder(aside, folder)
     return {
         "images": len(prompts),
         "folder": str(folder),

@@ -24,7 +24,7 @@ from sdtrain.config.load import OmegaConf
 from sdtrain.data.stream import DataError, batches, open_dataset, prefetched
 from sdtrain.data.tars import ShardError
 from sdtrain.errors import ConfigError
-from sdtrain.io.files import write_json
+from sdtrain.io.files import replace_link, write_json
 from sdtrain.io.storage import StorageError
 from sdtrain.models.parts import ModelError
 from sdtrain.training import checkpoint, identity, objective, parallel
@@ -224,7 +224,7 @@ def train(cfg, here: distributed.World, device: torch.device, stop: distributed.
     # Export
     pipeline = export(net, result / "pipeline", here.main)
     if here.main:
-        checkpoint.point_link(own.folder / "pipeline", pipeline)
+        replace_link(own.folder / "pipeline", pipeline)
         facts = {
             "images": last * global_batch,
             "steps": last,

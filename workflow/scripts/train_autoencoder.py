@@ -29,7 +29,7 @@ from sdtrain.data.manifest import read_manifest
 from sdtrain.data.stream import DataError, ImageDataset, batches, prefetched
 from sdtrain.data.tars import ShardError
 from sdtrain.errors import ConfigError
-from sdtrain.io.files import read_json, write_json
+from sdtrain.io.files import read_json, replace_folder, write_json
 from sdtrain.io.storage import StorageError
 from sdtrain.models import autoencoder, feature_networks
 from sdtrain.models.parts import ModelError
@@ -372,7 +372,7 @@ def export(vae, facts: dict, folder: Path, output: Path) -> None:
     shutil.copyfile(folder / "log.jsonl", aside / "log.jsonl")
     write_json(aside / "training.json", facts)
     output.unlink(missing_ok=True)  # an older one must not stand for the new folder
-    checkpoint.replace_folder(aside, output.with_suffix(""))
+    replace_folder(aside, output.with_suffix(""))
     write_json(output, facts)
 
 

@@ -36,7 +36,7 @@ from sdtrain.models.parts import (
     load_weights,
     set_attention,
 )
-from sdtrain.training import checkpoint
+from sdtrain.models.pipeline import export_pipeline
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red square", "", "a photo of a small blue circle on white", "a red square"]
@@ -284,7 +284,7 @@ def test_an_exported_pipeline_draws_the_resolution_of_its_training(build, tiny_u
     said = "^model.unet.params.sample_size: 8 gives way to 16, as latents of 32 pixels are$"
     with pytest.warns(UserWarning, match=said) if sample_size == 8 else warnings.catch_warnings(action="error"):
         assert check_resolution(parts, 32) == 16
-    checkpoint.export_pipeline(tmp_path / "pipeline", parts, parts.unet)
+    export_pipeline(tmp_path / "pipeline", parts, parts.unet)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     assert pipe("a red square", num_inference_steps=1).images[0].size == (32, 32)
 
@@ -462,7 +462,7 @@ def test_the_encoder_of_a_t5_conditions_a_pipeline(build, tmp_path):
     encode = TextEncoding(parts.tokenizer, parts.text_encoder, CPU)
     assert encode(CAPTIONS).shape == (4, 12, 32)
     assert not torch.allclose(encode(["a red square"]), encode(["a blue square"]), atol=1e-3)
-    checkpoint.export_pipeline(tmp_path / "pipeline", parts, parts.unet)
+    export_pipeline(tmp_path / "pipeline", parts, parts.unet)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     with torch.no_grad():
         expected, _ = pipe.encode_prompt(CAPTIONS, CPU, 1, False)
@@ -552,13 +552,13 @@ import urllib.request
 import diffusers
 from omegaconf import OmegaConf
 from sdtrain.models import lora, parts as models
-from sdtrain.training import checkpoint
+from sdtrain.models.pipeline import export_pipeline
 
 *sections, folder = sys.argv[1:]
 for i, section in enumerate(sections):
     model = OmegaConf.create(section)
     found = models.load_parts(model)
-    pipeline = checkpoint.export_pipeline(f"{folder}/{i}", found, found.unet)
+    pipeline = export_pipeline(f"{folder}/{i}", found, found.unet)
     lora.add(found.unet, OmegaConf.create({"rank": 2, "alpha": None, "dropout": 0.0, "targets": ["to_q"]}))
     lora.merged(found.unet)
     lora.export(found.unet, f"{folder}/lora")

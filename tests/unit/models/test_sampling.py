@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtrain.models.parts import PARTS, Parts, _from_pretrained
-from sdtrain.models.pipeline import generate, grid, load_pipeline, pipeline_of
-from sdtrain.training import checkpoint, objective
+from sdtrain.config import schema
+from sdtrain.config.load import load_config
+from sdtrain.models.parts import PARTS, Parts, _from_pretrained, load_parts
+from sdtrain.models.pipeline import export_pipeline, generate, grid, load_pipeline, pipeline_of
+from sdtrain.training import objective
 
 PROMPTS = ["a red square", "a blue circle", "a green square", "", "a photo of a large circle"]
 
@@ -30,7 +35,7 @@ def parts(tiny_parts, tiny_unet_params):
 @pytest.fixture(scope="module")
 def pipeline(parts, tmp_path_factory):
     """Its pipeline folder."""
-    return checkpoint.export_pipeline(tmp_path_factory.mktemp("sampling") / "pipeline", parts, parts.unet)
+    return export_pipeline(tmp_path_factory.mktemp("sampling") / "pipeline", parts, parts.unet)
 
 
 def images(pipeline, prompts=PROMPTS, batch_size=2, seed=3):
@@ -62,7 +67,7 @@ def test_a_pipeline_in_memory_draws_what_its_exported_folder_draws(prediction, p
     scheduler = parts.scheduler if prediction == "epsilon" else flow_scheduler("DPMSolverMultistepScheduler")
     parts = dataclasses.replace(parts, scheduler=scheduler)
     here = sample(pipeline_of(parts, parts.unet))
-    there = images(checkpoint.export_pipeline(tmp_path / "pipeline", parts, parts.unet))
+    there = images(export_pipeline(tmp_path / "pipeline", parts, parts.unet))
     assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
     assert here[0].std() > 5
 
@@ -80,7 +85,7 @@ def test_sampling_leaves_the_model_as_it_was(parts):
 
 def test_pipelines_neither_warn_nor_show_progress(parts, tmp_path, capfd):
     parts = dataclasses.replace(parts, scheduler=flow_scheduler("UniPCMultistepScheduler"))
-    folder = checkpoint.export_pipeline(tmp_path / "pipeline", parts, parts.unet)
+    folder = export_pipeline(tmp_path / "pipeline", parts, parts.unet)
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -167,3 +172,50 @@ def test_a_grid_lays_images_out_row_by_row():
     expected = [Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in [*colours, "white"]]
     assert [sheet.getpixel((x, y)) for y in (0, 3) for x in (0, 4, 11)] == expected
     assert grid([sheet, sheet], columns=1).size == (12, 8)
+
+
+# ---------------------------------------------------------------- export
+@pytest.fixture
+def project_parts(tiny_parts, tiny_unet_params, tmp_path):
+    """The tiny parts, from a project's own components."""
+    shutil.copytree(tiny_parts, tmp_path / "project/components")
+    values = {part: {"pretrained": str(tmp_path / "project/components")} for part in PARTS}
+    unet = {"target": "UNet2DConditionModel", "params": tiny_unet_params}
+    torch.manual_seed(0)
+    return load_parts(load_config(schema.ModelConfig, values={**values, "unet": unet}))
+
+
+def sampled_image(folder: Path):
+    pipe = load_pipeline(folder)
+    return list(generate(pipe, ["a red square"], 32, guidance_scale=2.0, steps=2, seed=0, batch_size=1))[0]
+
+
+def test_an_exported_pipeline_can_be_moved_with_its_project(project_parts, tmp_path):
+    folder = export_pipeline(
+        tmp_path / "project/runs/1/pipeline",
+        project_parts,
+        project_parts.unet,
+        {"unet_raw": project_parts.unet.save_pretrained},
+    )
+    links = {name: os.readlink(folder / name) for name in ("vae", "text_encoder", "tokenizer")}
+    assert links == {name: f"../../../components/{name}" for name in links}
+    assert (folder / "unet_raw/diffusion_pytorch_model.safetensors").is_file() and not list(folder.rglob("*.bin"))
+    before = sampled_image(folder)
+    again = export_pipeline(folder, project_parts, project_parts.unet)  # over the old one
+    assert os.listdir(again.parent) == ["pipeline"] and not (again / "unet_raw").exists()
+    moved = shutil.move(tmp_path / "project", tmp_path / "moved")
+    assert sampled_image(Path(moved, "runs/1/pipeline")).tobytes() == before.tobytes()
+
+
+def test_a_pipeline_can_be_exported_behind_a_link(project_parts, tmp_path):
+    (tmp_path / "scratch/deep/down").mkdir(parents=True)
+    (tmp_path / "project/runs").symlink_to(tmp_path / "scratch/deep/down")
+    folder = export_pipeline(tmp_path / "project/runs/1/pipeline", project_parts, project_parts.unet)
+    assert (folder / "vae/config.json").is_file() and (folder / "tokenizer/tokenizer_config.json").is_file()
+
+
+def test_components_without_a_folder_are_written(project_parts, tmp_path):
+    project_parts.folders = {}
+    folder = export_pipeline(tmp_path / "pipeline", project_parts, project_parts.unet)
+    assert not any((folder / name).is_symlink() for name in ("vae", "text_encoder", "tokenizer"))
+    assert sampled_image(folder).size == (32, 32)

@@ -1,15 +1,11 @@
-"""Checkpoints appear whole or not at all, milestones are trained again by other code only, pipelines can be moved."""
+"""Checkpoints appear whole or not at all; other code trains milestones again."""
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
-import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,10 +14,6 @@ import torch
 from ranks import run_ranks
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from sdtrain.config import schema
-from sdtrain.config.load import load_config
-from sdtrain.models.parts import PARTS, load_parts
-from sdtrain.models.pipeline import generate, load_pipeline
 from sdtrain.training import checkpoint
 from sdtrain.training.checkpoint import CheckpointError, Checkpoints
 
@@ -269,122 +261,3 @@ def test_the_first_milestone_starts_from_nothing(tmp_path):
     checkpoint.finish_milestone(saves, 10, "code")
     checkpoint.start_milestone(saves, 10, 0, "other code")
     assert saves.saved() == [0]
-
-
-# ---------------------------------------------------------------- lock
-HOLD = """
-import sys, time
-from sdtrain.training import checkpoint
-with checkpoint.lock(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(300)
-"""
-
-
-def test_the_lock_keeps_a_second_trainer_out_until_the_first_is_gone(tmp_path):
-    holder = python(HOLD, tmp_path / "run")
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(
-            CheckpointError,
-            match=rf"run: another process is training here \(process {holder.pid} on .*\); wait for it or end it",
-        ):
-            with checkpoint.lock(tmp_path / "run"):
-                pass
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate(timeout=60)
-    for _ in range(2):
-        with checkpoint.lock(tmp_path / "run"):
-            pass
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
-    with pytest.warns(UserWarning, match=r"\.lock: this file system has no locks .*start one trainer only"):
-        with checkpoint.lock(tmp_path):
-            pass
-
-
-def test_a_second_trainer_may_wait_for_the_end_of_the_first(tmp_path, capsys):
-    holder = python(HOLD, tmp_path / "run")
-    assert holder.stdout.readline() == "held\n"
-    end = threading.Timer(1.0, holder.kill)
-    end.start()
-    with checkpoint.lock(tmp_path / "run", wait_minutes=1.0):
-        assert holder.wait(timeout=60) != 0
-    assert "waiting for its end" in capsys.readouterr().out
-    holder.communicate()
-
-
-# ---------------------------------------------------------------- folders and links
-def test_a_link_moves_in_one_step_and_with_its_folder(tmp_path):
-    for name in ("1", "2"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "which").write_text(name)
-        checkpoint.point_link(tmp_path / "run/latest", tmp_path / "run" / name)
-    assert (tmp_path / "run/latest/which").read_text() == "2"
-    moved = shutil.move(tmp_path / "run", tmp_path / "elsewhere")
-    assert Path(moved, "latest/which").read_text() == "2" and sorted(os.listdir(moved)) == ["1", "2", "latest"]
-
-
-def test_a_folder_in_the_way_of_a_link_is_not_touched(tmp_path):
-    (tmp_path / "latest").mkdir()
-    (tmp_path / "latest/precious").touch()
-    with pytest.raises(CheckpointError, match="latest: a folder is in the way of a link; move it away"):
-        checkpoint.point_link(tmp_path / "latest", tmp_path / "1")
-    assert os.listdir(tmp_path) == ["latest"] and os.listdir(tmp_path / "latest") == ["precious"]
-
-
-def test_a_folder_takes_the_place_of_an_old_one(tmp_path):
-    for text in ("old", "new"):
-        (tmp_path / "aside").mkdir()
-        (tmp_path / "aside" / text).touch()
-        checkpoint.replace_folder(tmp_path / "aside", tmp_path / "folder")
-    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["new"]
-
-
-@pytest.fixture
-def parts(tiny_parts, tiny_unet_params, tmp_path):
-    """The tiny parts, from a project's own components."""
-    shutil.copytree(tiny_parts, tmp_path / "project/components")
-    values = {part: {"pretrained": str(tmp_path / "project/components")} for part in PARTS}
-    unet = {"target": "UNet2DConditionModel", "params": tiny_unet_params}
-    torch.manual_seed(0)
-    return load_parts(load_config(schema.ModelConfig, values={**values, "unet": unet}))
-
-
-def image(folder: Path):
-    pipe = load_pipeline(folder)
-    return list(generate(pipe, ["a red square"], 32, guidance_scale=2.0, steps=2, seed=0, batch_size=1))[0]
-
-
-def test_an_exported_pipeline_loads_and_can_be_moved_with_its_project(parts, tmp_path):
-    folder = checkpoint.export_pipeline(
-        tmp_path / "project/runs/1/pipeline", parts, parts.unet, {"unet_raw": parts.unet.save_pretrained}
-    )
-    links = {name: os.readlink(folder / name) for name in ("vae", "text_encoder", "tokenizer")}
-    assert links == {name: f"../../../components/{name}" for name in links}
-    assert (folder / "unet_raw/diffusion_pytorch_model.safetensors").is_file() and not list(folder.rglob("*.bin"))
-    before = image(folder)
-    again = checkpoint.export_pipeline(folder, parts, parts.unet)  # over the old one
-    assert os.listdir(again.parent) == ["pipeline"] and not (again / "unet_raw").exists()
-    moved = shutil.move(tmp_path / "project", tmp_path / "moved")
-    assert image(Path(moved, "runs/1/pipeline")).tobytes() == before.tobytes()
-
-
-def test_results_may_lie_behind_a_link(parts, tmp_path):
-    (tmp_path / "scratch/deep/down").mkdir(parents=True)
-    (tmp_path / "project/runs").symlink_to(tmp_path / "scratch/deep/down")
-    folder = checkpoint.export_pipeline(tmp_path / "project/runs/1/pipeline", parts, parts.unet)
-    assert (folder / "vae/config.json").is_file() and (folder / "tokenizer/tokenizer_config.json").is_file()
-
-
-def test_parts_that_came_from_no_folder_are_written(parts, tmp_path):
-    parts.folders = {}
-    folder = checkpoint.export_pipeline(tmp_path / "pipeline", parts, parts.unet)
-    assert not any((folder / name).is_symlink() for name in ("vae", "text_encoder", "tokenizer"))
-    assert image(folder).size == (32, 32)

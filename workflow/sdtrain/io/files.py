@@ -138,7 +138,7 @@ def hold_lock(
     """Hold the lock file `path`; yield its file descriptor, which a child process may inherit (`pass_fds`).
 
     The kernel drops the lock when the process and all who inherited it are gone, so it is never stale; forked loader
-    processes do not inherit it. The file names its owner. While the lock is awaited, `say` is told every 10 s. Raise
+    processes do not inherit it. The file names its owner. `say` is told of the wait, and again every 10 s. Raise
     LockedError, which begins with the folder and `busy`, after `wait_seconds`. On a file system without locks, warn
     and yield None.
     """
@@ -146,10 +146,10 @@ def hold_lock(
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptors: list[int] = []
     lock = FileLock(path, preserve_lock_file=True, on_acquired=descriptors.append)
-    end = time.monotonic() + wait_seconds
+    end, patience = time.monotonic() + wait_seconds, SETTLE
     while True:
         try:
-            lock.acquire(timeout=min(10.0, max(SETTLE, end - time.monotonic())))
+            lock.acquire(timeout=min(patience, max(SETTLE, end - time.monotonic())))
             break
         except Timeout:
             reason = f"{path.parent}: {busy} ({lock_owner(path) or 'unknown'})"
@@ -157,6 +157,7 @@ def hold_lock(
                 raise LockedError(f"{reason}; wait for it or end it") from None
             if say:
                 say(f"{reason}; waiting for its end")
+            patience = 10.0
         except OSError as error:
             warnings.warn(f"{path}: this file system has no locks ({error}); start one process only", stacklevel=3)
             yield None

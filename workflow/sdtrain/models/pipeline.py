@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from PIL import Image
+
+from sdtrain.io.files import atomic_folder, relative_target, write_text
+from sdtrain.models.parts import Parts
 
 # A pipeline's parts are read in a blink; that a text encoder is no CLIP, or torchvision is not here, harms nothing
 for library in (transformers, diffusers):
@@ -73,3 +78,36 @@ def grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet
+
+
+def export_pipeline(
+    folder: str | Path, parts: Parts, unet: Any, extra: dict[str, Callable[[Path], object]] | None = None
+) -> Path:
+    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads, atomically, and return its path.
+
+    The UNet and the scheduler are written as safetensors and JSON. Frozen components that were loaded from a local
+    folder are linked, not copied. `extra` maps names of further folders to functions that write them.
+    """
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        unet.save_pretrained(temporary / "unet", safe_serialization=True)
+        for name, write in (extra or {}).items():
+            write(temporary / name)
+        parts.scheduler.save_pretrained(temporary / "scheduler")
+        for name, part in (("vae", parts.vae), ("text_encoder", parts.text_encoder), ("tokenizer", parts.tokenizer)):
+            source = parts.folders.get(name)
+            if source is not None:  # the temporary folder is as deep as the final one
+                (temporary / name).symlink_to(relative_target(source, temporary))
+            else:
+                part.save_pretrained(temporary / name)
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            **{n: [type(p).__module__.split(".")[0], type(p).__name__] for n, p in parts.named().items()},
+            "unet": ["diffusers", type(unet).__name__],
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+        }
+        write_text(temporary / "model_index.json", json.dumps(index, indent=1) + "\n")
+    return folder

@@ -1,4 +1,4 @@
-"""Save, find and load the whole training state; export a diffusers pipeline.
+"""Save, find and load the whole training state.
 
 A checkpoint is a folder of torch.distributed.checkpoint, named by images seen, in a folder keyed by the fingerprint of
 what decides the weights. Every rank writes its share in the background; the folder appears whole or not at all, older
@@ -8,14 +8,9 @@ ones go only when the new one is there, and any number of ranks, replicated or s
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
 import os
 import pickle
 import shutil
-import socket
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from sdtrain.distributed import is_lost
 from sdtrain.errors import SDTrainError
-from sdtrain.io.files import write_json, write_text
+from sdtrain.io.files import hold_lock, write_json, write_text
 
 # One process without a process group is meant so
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -227,96 +222,7 @@ def ask_for_restart(folder: Path, images: int, warned: bool) -> None:
 # ---------------------------------------------------------------- one trainer a folder
 @contextlib.contextmanager
 def lock(folder: str | Path, wait_minutes: float = 0.0) -> Iterator[None]:
-    """Keep a second trainer out of `folder`, or let it wait for the first one's end.
-
-    It is this process's own, no loader process inherits it; the kernel drops it with the process, so it never goes
-    stale; who holds it stands in the file. Raises CheckpointError once the wait is over. Where the file system knows
-    no locks, it says so and goes on.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a+") as file:
-        end = time.monotonic() + 60 * wait_minutes
-        while not _locked(file):
-            file.seek(0)
-            busy = f"{folder}: another process is training here ({file.read().strip() or 'unknown'})"
-            if time.monotonic() >= end:
-                raise CheckpointError(f"{busy}; wait for it or end it")
-            print(f"{busy}; waiting for its end", flush=True)
-            time.sleep(min(10.0, max(0.1, end - time.monotonic())))
-        file.truncate(0)
-        job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+    """Keep a second trainer out of `folder`, or let it wait. Raise LockedError if the wait is over."""
+    busy = "another process is training here"
+    with hold_lock(Path(folder, ".lock"), 60 * wait_minutes, busy, lambda line: print(line, flush=True)):
         yield
-
-
-def _locked(file) -> bool:
-    """Take the file's lock if it is free."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
-            return False
-        warnings.warn(f"{file.name}: this file system has no locks ({error}); start one trainer only", stacklevel=3)
-    return True
-
-
-# ---------------------------------------------------------------- folders and pipelines
-def replace_folder(aside: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an old one."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def point_link(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to `target`, replacing an older one in one step."""
-    if link.is_dir() and not link.is_symlink():
-        raise CheckpointError(f"{link}: a folder is in the way of a link; move it away")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    aside = link.with_name(f".{link.name}.new")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(_from_folder(target, link.parent))
-    os.replace(aside, link)
-
-
-def _from_folder(path: Path, folder: Path) -> str:
-    """`path` relative to `folder` as the kernel follows it: `folder` may lie behind a link to another disk."""
-    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
-
-
-def export_pipeline(folder: str | Path, parts, unet, extra: dict[str, object] | None = None) -> Path:
-    """Write a folder that `StableDiffusionPipeline.from_pretrained` loads; returns it.
-
-    UNet and scheduler are written as safetensors and JSON; frozen parts that came from a local folder are linked, not
-    copied. `extra` names further folders, and what writes each of them when called with its path.
-    """
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    unet.save_pretrained(aside / "unet", safe_serialization=True)
-    for name, write in (extra or {}).items():
-        write(aside / name)
-    parts.scheduler.save_pretrained(aside / "scheduler")
-    for name, part in (("vae", parts.vae), ("text_encoder", parts.text_encoder), ("tokenizer", parts.tokenizer)):
-        source = parts.folders.get(name)
-        if source is not None:  # relative to where the folder will lie, which is as deep as where it is written
-            (aside / name).symlink_to(_from_folder(Path(source), aside))
-        else:
-            part.save_pretrained(aside / name)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        **{n: [type(p).__module__.split(".")[0], type(p).__name__] for n, p in parts.named().items()},
-        "unet": ["diffusers", type(unet).__name__],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }
-    write_text(aside / "model_index.json", json.dumps(index, indent=1) + "\n")
-    replace_folder(aside, folder)
-    return folder

@@ -28,8 +28,8 @@ from sdtrain.models.parts import (
     load_weights,
     set_attention,
 )
-from sdtrain.models.pipeline import generate, grid, pipeline_of
-from sdtrain.training import checkpoint, objective, parallel
+from sdtrain.models.pipeline import export_pipeline, generate, grid, pipeline_of
+from sdtrain.training import objective, parallel
 from sdtrain.training.ema import Ema, decay_of
 from sdtrain.training.telemetry import training_flops
 
@@ -208,4 +208,4 @@ def export(net: Network, folder: Path, main: bool) -> Path:
             unet, extra = lora.merged(net.unet), {"lora": lambda path: lora.export(net.unet, path)}
         else:
             unet, extra = parallel.plain_unet(net.unet, main), {"unet_raw": raw.save_pretrained} if raw else {}
-        return checkpoint.export_pipeline(folder, net.parts, unet, extra) if main else folder
+        return export_pipeline(folder, net.parts, unet, extra) if main else folder

@@ -1,0 +1,97 @@
+"""Tests of locks, links and replaced folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sdtrain.io import files
+from sdtrain.io.files import FileError, LockedError, hold_lock, replace_folder, replace_link
+
+
+def python(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, stdout=subprocess.PIPE)
+
+
+# ---------------------------------------------------------------- lock
+HOLD = """
+import sys, time
+from sdtrain.io.files import hold_lock
+with hold_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_lock_excludes_other_processes_until_its_owner_dies(tmp_path):
+    holder = python(HOLD, tmp_path / "run/.lock")
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(
+            LockedError,
+            match=rf"run: another process is working here \(process {holder.pid} on .*\); wait for it or end it",
+        ):
+            with hold_lock(tmp_path / "run/.lock"):
+                pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate(timeout=60)
+    for _ in range(2):
+        with hold_lock(tmp_path / "run/.lock"):
+            pass
+
+
+def test_a_file_system_without_locks_causes_a_warning(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    with pytest.warns(UserWarning, match=r"\.lock: this file system has no locks .*start one process only"):
+        with hold_lock(tmp_path / ".lock"):
+            pass
+
+
+def test_a_process_waits_for_a_lock(tmp_path, capsys):
+    holder = python(HOLD, tmp_path / "run/.lock")
+    assert holder.stdout.readline() == "held\n"
+    end = threading.Timer(1.0, holder.kill)
+    end.start()
+    with hold_lock(tmp_path / "run/.lock", 60.0, say=print):
+        assert holder.wait(timeout=60) != 0
+    assert "waiting for its end" in capsys.readouterr().out
+    holder.communicate()
+
+
+# ---------------------------------------------------------------- folders and links
+def test_a_link_is_replaced_and_moves_with_its_folder(tmp_path):
+    for name in ("1", "2"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "which").write_text(name)
+        replace_link(tmp_path / "run/latest", tmp_path / "run" / name)
+    assert (tmp_path / "run/latest/which").read_text() == "2"
+    moved = shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    assert Path(moved, "latest/which").read_text() == "2" and sorted(os.listdir(moved)) == ["1", "2", "latest"]
+
+
+def test_replace_link_does_not_touch_a_folder(tmp_path):
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest/precious").touch()
+    with pytest.raises(FileError, match="latest: a folder is in the way of a link; move it away"):
+        replace_link(tmp_path / "latest", tmp_path / "1")
+    assert os.listdir(tmp_path) == ["latest"] and os.listdir(tmp_path / "latest") == ["precious"]
+
+
+def test_replace_folder_replaces_an_older_folder(tmp_path):
+    for text in ("old", "new"):
+        (tmp_path / "aside").mkdir()
+        (tmp_path / "aside" / text).touch()
+        replace_folder(tmp_path / "aside", tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["new"]

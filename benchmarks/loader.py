@@ -22,8 +22,9 @@ from PIL import Image
 from safetensors.torch import save
 
 from sdtrain.data import tars
+from sdtrain.data.datasets import ImageDataset, LatentDataset
 from sdtrain.data.manifest import write_manifest
-from sdtrain.data.stream import ImageDataset, LatentDataset, batches
+from sdtrain.data.stream import batches
 
 SIDE, RESOLUTION, BATCH, ROUNDS = 1024, 256, 16, 5
 IMAGES, LATENTS = 64, 1024

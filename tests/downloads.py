@@ -26,6 +26,7 @@ from PIL import Image
 from samples import ROOT
 
 from sdtrain.data.manifest import read_manifest
+from sdtrain.data.verify import find_faults
 
 CONFIG = {"image_size": 16, "samples_per_shard": 4, "processes": 1, "threads": 4, "retries": 0, "columns": ["group"]}
 ENVIRONMENT = {  # img2dataset imports much, three times a run: its bytecode is kept between the runs
@@ -164,7 +165,8 @@ class Work:
         output = config.get("output") or self.output
         assert "Traceback" not in said, said
         assert (process.returncode == 0) == output.exists(), said
-        return (read_manifest(output, full=True) if output.exists() else None), said
+        assert not output.exists() or find_faults(output) == [], said
+        return (read_manifest(output) if output.exists() else None), said
 
 
 def content(output: Path) -> dict[str, bytes]:

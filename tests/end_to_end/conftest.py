@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from samples import load_script, write_tar
+from samples import write_tar
 from trainings import trainer
 
 
@@ -65,9 +65,10 @@ def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
     from sdtrain.config import schema
     from sdtrain.config.load import load_config
     from sdtrain.data import tars
+    from sdtrain.data.latents import precompute
     from sdtrain.data.manifest import read_manifest, write_manifest
 
-    script, root = load_script("precompute_latents"), tmp_path_factory.mktemp("latents")
+    root = tmp_path_factory.mktemp("latents")
     images = read_manifest(image_shards / "manifest.json")["shards"]
     for row in images:
         samples = [(s.key, {e: s.read(e) for e in s.fields}) for s in tars.index_tar(row["path"])]
@@ -82,5 +83,5 @@ def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
         manifests[name] = root / name / "manifest.json"
         source = root / "permuted.json" if name == "permuted" else image_shards / "manifest.json"
         settings = load_config(schema.LatentsConfig, overrides=["workers=0"])
-        script.precompute(settings, str(text_parts), text, 32, str(source), manifests[name])
+        precompute(settings, str(text_parts), text, 32, str(source), manifests[name])
     return manifests

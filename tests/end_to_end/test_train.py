@@ -25,7 +25,8 @@ from sdtrain.config import schema
 from sdtrain.config.fingerprint import freeze_stage
 from sdtrain.config.load import OmegaConf, load_config, require
 from sdtrain.data import tars
-from sdtrain.data.stream import ImageDataset, batches
+from sdtrain.data.datasets import ImageDataset
+from sdtrain.data.stream import batches
 from sdtrain.io.files import write_json, write_text
 from sdtrain.models.pipeline import generate, load_pipeline
 from sdtrain.training import identity

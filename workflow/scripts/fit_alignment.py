@@ -13,7 +13,8 @@ from sdtrain import distributed
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest
 from sdtrain.data import tars
-from sdtrain.data.stream import DataError, ImageDataset
+from sdtrain.data.datasets import ImageDataset
+from sdtrain.data.sources import DataError
 from sdtrain.evaluation.features import (
     EvaluationError,
     caption_scores,

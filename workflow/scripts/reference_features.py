@@ -14,7 +14,8 @@ from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest
 from sdtrain.config.load import held_out_dataset, load_config, require
 from sdtrain.data import predicates, tars
-from sdtrain.data.stream import DataError, ImageDataset, open_dataset
+from sdtrain.data.datasets import ImageDataset, open_dataset
+from sdtrain.data.sources import DataError
 from sdtrain.errors import ConfigError
 from sdtrain.evaluation.features import EvaluationError, dataset_features, kernel_distance, positive, save_tensors
 from sdtrain.models import feature_networks

@@ -12,7 +12,8 @@ from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import fingerprint
 from sdtrain.config.load import held_out_dataset, load_config, require
 from sdtrain.data import tars
-from sdtrain.data.stream import DataError, PositionDataset, open_dataset
+from sdtrain.data.datasets import PositionDataset, open_dataset
+from sdtrain.data.sources import DataError
 from sdtrain.errors import ConfigError
 from sdtrain.io.files import read_json, replace_folder, write_json
 from sdtrain.models.parts import ModelError

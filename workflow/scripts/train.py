@@ -21,7 +21,9 @@ from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest, record_fingerprint, versions
 from sdtrain.config.load import OmegaConf
-from sdtrain.data.stream import DataError, batches, open_dataset, prefetched
+from sdtrain.data.datasets import open_dataset
+from sdtrain.data.sources import DataError
+from sdtrain.data.stream import batches, prefetched
 from sdtrain.data.tars import ShardError
 from sdtrain.errors import ConfigError
 from sdtrain.io.files import replace_link, write_json

@@ -25,8 +25,10 @@ from sdtrain import distributed
 from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest, differences, record_fingerprint, versions
+from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest
-from sdtrain.data.stream import DataError, ImageDataset, batches, prefetched
+from sdtrain.data.sources import DataError
+from sdtrain.data.stream import batches, prefetched
 from sdtrain.data.tars import ShardError
 from sdtrain.errors import ConfigError
 from sdtrain.io.files import read_json, replace_folder, write_json

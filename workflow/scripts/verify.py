@@ -1,27 +1,26 @@
-"""Check manifests to the last byte: sums and sizes, whole tars, counts of samples, indices, shards that are foreign."""
-
-from __future__ import annotations
+"""Check manifests and every byte of their shards: digests, sizes, whole tars, numbers of samples, foreign shards."""
 
 import sys
 
 from sdtrain.config.cli import command_line
-from sdtrain.data.manifest import find_faults, read_manifest
+from sdtrain.data.manifest import load_manifest
+from sdtrain.data.verify import find_faults
 
 
 def main(argv: list[str]) -> None:
-    """Run the command: a line a manifest, or every fault and exit 1."""
+    """Run the command: print a line a manifest, or every fault and exit with 1."""
     _, own = command_line(argv, None, __doc__, manifests=None)
     paths = own["manifests"].split()
     if not paths:
-        raise SystemExit("error: manifests=…: name one manifest.json or more, with spaces between them")
+        raise SystemExit("error: manifests=…: name one manifest.json or more, separated by spaces")
     faults = []
     for path in paths:
-        found = find_faults(path)
-        if not found:
-            manifest = read_manifest(path)
-            size = f"{len(manifest['shards']):,} shards, {manifest['samples']:,} samples, {manifest['bytes']:,} bytes"
-            print(f"{path}: whole; {size}", flush=True)
-        faults += found
+        if found := find_faults(path):
+            faults += found
+            continue
+        manifest = load_manifest(path)
+        size = f"{len(manifest['shards']):,} shards, {manifest['samples']:,} samples, {manifest['bytes']:,} bytes"
+        print(f"{path}: whole; {size}", flush=True)
     if faults:
         raise SystemExit("\n".join(f"error: {fault}" for fault in faults))
 

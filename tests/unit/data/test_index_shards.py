@@ -14,8 +14,10 @@ import pytest
 import yaml
 from samples import ROOT, load_script, make_sample, write_tar
 
+from sdtrain.data.indices import read_index
 from sdtrain.data.manifest import gather_manifests, read_manifest
-from sdtrain.data.tars import index_tar, read_index
+from sdtrain.data.tars import index_tar
+from sdtrain.data.verify import find_faults
 
 SAMPLES = [make_sample(n) for n in range(6)]
 SCRIPT = load_script("index_shards")
@@ -43,7 +45,8 @@ def index(folder, path, *more, **config):
     given = arguments(folder, path, *more, **config)
     SCRIPT.main(["index_shards.py", *given])
     (output,) = [a.removeprefix("output=") for a in given if a.startswith("output=")][-1:]
-    return read_manifest(output, full=True)
+    assert find_faults(output) == []
+    return read_manifest(output)
 
 
 def refused(folder, path, *more, **config):
@@ -64,7 +67,7 @@ def test_parts_share_the_shards_and_leave_them_as_they_are(tmp_path, tars):
     parts = [tmp_path / f"indexed/{part}-of-4.json" for part in range(4)]
     manifest = gather_manifests(parts, tmp_path / "shards/manifest.json")
     assert manifest["samples"] == 12 and manifest["made_by"] == {"path": path}
-    for row in read_manifest(tmp_path / "shards/manifest.json", full=True)["shards"]:
+    for row in read_manifest(tmp_path / "shards/manifest.json")["shards"]:
         assert read_index(row["index_path"], row["path"]) == index_tar(row["path"])
 
 
@@ -86,7 +89,7 @@ def test_what_cannot_be_adopted_is_named(tmp_path, tars):
     assert "no file matches" in refused(tmp_path, f"{tmp_path}/none/*.tar")
     assert "9.tar: shard is missing" in refused(tmp_path, f"{tmp_path}/a/{{0,9}}.tar")
     assert f"names {tars[0]} more than once" in refused(tmp_path, f"{tmp_path}/a/{{0,0}}.tar")
-    assert "part=2 parts=2: a part from 0 to parts - 1" in refused(tmp_path, tars[0], "part=2", "parts=2")
+    assert "part=2 parts=2: expected a part from 0 to parts - 1" in refused(tmp_path, tars[0], "part=2", "parts=2")
     message = refused(tmp_path, tars[0], select={"rows": 5})
     assert "select.rows: is for tables only" in message
     assert "select.deduplicate: is for tables only" in refused(tmp_path, tars[0], select={"deduplicate": "url"})

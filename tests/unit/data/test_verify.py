@@ -8,8 +8,10 @@ import shutil
 import pytest
 from samples import make_sample, run_script, write_tar
 
-from sdtrain.data.manifest import find_faults, gather_manifests, write_manifest
-from sdtrain.data.tars import index_tar, read_metadata, write_index
+from sdtrain.data.indices import read_metadata, write_index
+from sdtrain.data.manifest import gather_manifests, write_manifest
+from sdtrain.data.tars import index_tar
+from sdtrain.data.verify import find_faults
 from sdtrain.io.files import sha256_file
 
 
@@ -68,6 +70,7 @@ def test_a_manifest_that_lies_is_found(folder):
     faults = find_faults(manifest)
     assert [fault.partition("; ")[0] for fault in faults] == [
         f"{manifest}: samples is 50, but its shards have 42",
+        f"{manifest}: its shardlist, for wids, does not fit its shards",
         f"{folder}/00000.tar: 17 samples, 18 expected by {manifest}",
     ]
 
@@ -107,7 +110,7 @@ def test_parts_and_adopted_shards_have_remedies_of_their_own(folder, tmp_path):
     flip(folder / "00000.tar", 5000)
     assert find_faults(gathered) == [
         f"{folder}/00000.tar: sha256 differs from the one in {gathered}; "
-        + "restore it from its source, or if it should be so, index it anew: "
+        + "restore it from its source, or if the new content is right, index it again: "
         + f"snakemake --force {part} {gathered}"
     ]
 

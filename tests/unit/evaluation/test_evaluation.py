@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from samples import make_sample, write_tar
 
+from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import write_manifest
-from sdtrain.data.stream import ImageDataset
 from sdtrain.evaluation import features as evaluation
 from sdtrain.evaluation.features import (
     EvaluationError,

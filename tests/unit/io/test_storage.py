@@ -120,9 +120,6 @@ def test_a_body_that_is_cut_off_is_an_error(web, tmp_path, path):
     if path == "/cut-range":
         with pytest.raises(StorageError, match="cut off after 50 of 100 bytes"):
             storage.read_range(url, 0, 100)
-    with pytest.raises(StorageError, match="cut off"):
-        storage.fetch(url, tmp_path / "cache")
-    assert all(name.endswith((".lock", ".tmp")) for name in os.listdir(tmp_path / "cache"))
 
 
 def test_a_body_without_a_length_is_read_to_its_end(web):
@@ -165,7 +162,6 @@ def test_what_cannot_be_read_is_named(tmp_path, s3, web):
         for attempt in (
             storage.read,
             lambda a: storage.read_range(a, 0, 4),
-            lambda a: storage.fetch(a, tmp_path / "c"),
         ):
             with pytest.raises(StorageError) as error:
                 attempt(address)
@@ -179,22 +175,3 @@ def test_s3_after_a_fork(s3):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         found = [pool.apply_async(storage.read_range, (address, i * 1000, 10)) for i in range(4)]
         assert [f.get(timeout=60) for f in found] == [DATA[i * 1000 :][:10] for i in range(4)]
-
-
-def test_processes_that_want_one_copy_fetch_it_once(web, tmp_path):
-    web.paths.clear()
-    address = f"{web.url}/whole/once"
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        paths = pool.starmap(storage.fetch, [(address, tmp_path)] * 12)
-    assert len(set(paths)) == 1 and web.paths == ["/whole/once"]
-    with open(paths[0], "rb") as file:
-        assert file.read() == DATA
-
-
-def test_a_copy_cut_off_by_a_kill_is_made_again(web, tmp_path):
-    address = f"{web.url}/whole/again"
-    path = storage.fetch(address, tmp_path)
-    os.replace(path, f"{path}.tmp")
-    with open(f"{path}.tmp", "r+b") as file:
-        file.truncate(100)
-    assert storage.fetch(address, tmp_path) == path and os.path.getsize(path) == len(DATA)

@@ -23,8 +23,8 @@ from trainings import last_checkpoint, log, part, refused, same, trainer
 
 from sdtrain.config import schema
 from sdtrain.config.load import load_config, require
+from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest, write_manifest
-from sdtrain.data.stream import ImageDataset
 from sdtrain.io.files import write_json
 from sdtrain.models import autoencoder, feature_networks
 from sdtrain.training import checkpoint

@@ -1,18 +1,15 @@
-"""Shards and the manifest of them all: described once, gathered, and checked to the last byte."""
+"""The manifest of a dataset's shards: written, gathered from partitions, read. It is also an index for `wids`."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import http.client
-import itertools
+import functools
 import json
+import operator
 import os
 import sys
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,55 +17,26 @@ from typing import Any
 from tqdm import tqdm
 
 from sdtrain.config.fingerprint import code_digest, fingerprint
+from sdtrain.data.indices import INDEX, INDEX_VERSION, read_facts, read_metadata, write_index
 from sdtrain.data.predicates import add_yields
-from sdtrain.data.tars import (
-    INDEX,
-    INDEX_VERSION,
-    ShardError,
-    ShardIndex,
-    index_tar,
-    read_facts,
-    read_index,
-    read_metadata,
-    write_index,
-)
+from sdtrain.data.tars import ShardError, ShardIndex, index_tar
 from sdtrain.io import storage
-from sdtrain.io.files import write_json
+from sdtrain.io.cache import short_digest
+from sdtrain.io.files import sha256_file, write_json
 
-CHUNK = 1 << 20  # bytes summed at once: long enough that other threads' turns at the interpreter do not count
 THREADS = min(8, len(os.sched_getaffinity(0)))
+WIDS = {"__kind__": "wids-shard-index-v1", "wids_version": 1}  # what wids.ShardListDataset requires, and a shardlist
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder of shards alone. Raises ShardError where another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardError(f"{folder}: another process still writes there; wait for it, or end it") from None
-        yield
-
-
-# ---------------------------------------------------------------- manifests
-def sha256_file(path: str | Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
+# ---------------------------------------------------------------- writing
 def write_manifest(
     path: str | Path, kind: str, shards: Iterable[str | Path], dropped: dict[str, int], made_by: dict, **more: Any
-) -> dict:
+) -> dict[str, Any]:
     """Index `shards` (local paths or addresses), describe them in a manifest at `path` and return it.
 
     `kind` is "images" or "latents"; `dropped` counts lost samples by reason; `made_by` is what decides the content
-    (its fingerprint names it); `more` stands in the manifest as it is. Names are relative to the manifest's folder.
-    Indices that a run before this one has finished are used again.
+    (the fingerprint covers it); `more` is copied into the manifest. Paths are relative to the manifest's folder.
+    Indices that an earlier, killed run has finished are used again.
     """
     folder = Path(path).parent
     places = []
@@ -85,47 +53,10 @@ def write_manifest(
     return write_rows(path, kind, rows, dropped, made_by, more)
 
 
-def gather_manifests(paths: Sequence[str | Path], output: str | Path) -> dict:
-    """One manifest at `output` of the shards of several, and return it. Raises ShardError unless all are of one kind.
-
-    `made_by` has what the parts have in common; dropped samples and yields are added up.
-    """
-    parts = [read_manifest(path) for path in paths]
-    for path, part in zip(paths, parts, strict=True):
-        if part["kind"] != parts[0]["kind"]:
-            raise ShardError(
-                f"{path}: holds {part['kind']}, but {paths[0]} {parts[0]['kind']}; gather one kind at a time"
-            )
-    rows = [
-        {"part": os.path.relpath(path, Path(output).parent), **row}
-        for path, part in zip(paths, parts, strict=True)
-        for row in move_rows(part["shards"], Path(output).parent)
-    ]
-    dropped = sum((Counter(part["dropped"]) for part in parts), Counter())
-    shared = {
-        key: value for key, value in parts[0]["made_by"].items() if all(p["made_by"].get(key) == value for p in parts)
-    }
-    yields = None
-    for part in parts:
-        yields = add_yields(yields, part["yields"]) if part.get("yields") else yields
-    if not any(part["samples"] for part in parts):
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()) or "nothing"
-        raise ShardError(f"{output}: no sample in any of {len(parts)} parts; dropped: {reasons}; loosen the filters")
-    return write_rows(output, parts[0]["kind"], rows, dict(dropped), shared, {"yields": yields} if yields else {})
-
-
-def move_rows(rows: list[dict], folder: Path) -> list[dict]:
-    """The rows of a manifest that was read, for a manifest in another folder."""
-    moved = []
-    for row in rows:
-        names = {"name": row["path"], "index": row["index_path"]}
-        names = {k: os.path.relpath(v, folder) if storage.is_local(v) else v for k, v in names.items() if v}
-        moved.append({k: v for k, v in row.items() if k not in ("path", "index_path")} | names)
-    return moved
-
-
-def write_rows(path: str | Path, kind: str, rows: list[dict], dropped: dict, made_by: dict, more: dict) -> dict:
-    """Write the manifest of shards that are described already: rows as `read_manifest` or `move_rows` gives them."""
+def write_rows(
+    path: str | Path, kind: str, rows: list[dict], dropped: dict, made_by: dict, more: dict
+) -> dict[str, Any]:
+    """Write the manifest of shards that are already described, by rows as `move_rows` returns them; return it."""
     manifest = {
         "kind": kind,
         "fingerprint": fingerprint(made_by, [row["sha256"] for row in rows]),
@@ -136,39 +67,82 @@ def write_rows(path: str | Path, kind: str, rows: list[dict], dropped: dict, mad
         "code": code_digest(),
         **more,
         "shards": rows,
+        **WIDS,
+        "shardlist": shardlist(rows),
     }
     write_json(path, manifest)
     return manifest
 
 
-def _place_index(name: str, shard: str, folder: Path, key: str) -> Path:
-    """Beside a shard below the manifest's folder, for it is ours; else in a neighbour folder of the manifest."""
-    if storage.is_local(shard) and not name.startswith(".."):
-        return Path(shard.removesuffix(".tar") + INDEX)
-    return folder / key / (hashlib.sha256(name.encode()).hexdigest()[:24] + INDEX)
+def shardlist(rows: list[dict]) -> list[dict[str, Any]]:
+    """Return the shards of a manifest in the form that `wids` reads; it resolves relative URLs as we do."""
+    return [{"url": row["name"], "nsamples": row["samples"], "filesize": row["bytes"]} for row in rows]
 
 
+def gather_manifests(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
+    """Write one manifest of the shards of several at `output`, and return it. Raise ShardError if kinds differ.
+
+    `made_by` holds what the partitions have in common; dropped samples and yields are added up.
+    """
+    parts = [read_manifest(path) for path in paths]
+    kind, folder = parts[0]["kind"], Path(output).parent
+    for path, part in zip(paths, parts, strict=True):
+        if part["kind"] != kind:
+            raise ShardError(f"{path}: holds {part['kind']}, but {paths[0]} {kind}; gather one kind at a time")
+    rows = [
+        {"part": os.path.relpath(path, folder), **row}
+        for path, part in zip(paths, parts, strict=True)
+        for row in move_rows(part["shards"], folder)
+    ]
+    dropped = functools.reduce(operator.add, (Counter(part["dropped"]) for part in parts), Counter[str]())
+    made_by = {k: v for k, v in parts[0]["made_by"].items() if all(part["made_by"].get(k) == v for part in parts)}
+    yields = functools.reduce(add_yields, (part["yields"] for part in parts if part.get("yields")), None)
+    if not rows or not any(row["samples"] for row in rows):
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()) or "nothing"
+        raise ShardError(f"{output}: no sample in any of {len(parts)} partitions; dropped: {reasons}; loosen filters")
+    return write_rows(output, kind, rows, dict(dropped), made_by, {"yields": yields} if yields else {})
+
+
+def move_rows(rows: list[dict], folder: Path) -> list[dict]:
+    """Return the rows of a manifest that was read for a manifest in another folder."""
+    moved = []
+    for row in rows:
+        names = {"name": row["path"], "index": row["index_path"]}
+        names = {k: os.path.relpath(v, folder) if storage.is_local(v) else v for k, v in names.items() if v}
+        moved.append({k: v for k, v in row.items() if k not in ("path", "index_path")} | names)
+    return moved
+
+
+# ---------------------------------------------------------------- describing shards
 def describe_shard(
     shard: str, index: Path, known: ShardIndex | None = None, sha256: str | None = None
 ) -> dict[str, Any]:
-    """The facts of a shard (samples, bytes, sha256), from its finished index at `index`, which is made where needed.
+    """Return the facts of a shard (samples, bytes, sha256) from its index file; make the file unless it is current.
 
-    Whoever has just written the shard knows where its samples lie, `known`, and its sum: then it is not read for them.
+    Pass `known`, the index, and `sha256` of a shard that was just written, to avoid reading it again.
     """
-    source = _version(shard)
+    source = None if storage.is_local(shard) else storage.version(shard)
     facts = read_facts(index)
     if not facts or not _is_current(shard, index, facts, source):
         with storage.local(shard) as path:
-            with contextlib.suppress(OSError):  # what is wrong with the file, `index_tar` says
-                facts = {"bytes": os.path.getsize(path), "sha256": sha256 or sha256_file(path), "source": source}
+            facts = {"source": source}
+            with contextlib.suppress(OSError):  # `index_tar` names what is wrong with the file
+                facts |= {"bytes": os.path.getsize(path), "sha256": sha256 or sha256_file(path)}
             found = read_metadata(index_tar(path, shard) if known is None else known, path)
         facts["samples"] = len(found)
         write_index(index, found, facts)
     return {key: facts[key] for key in ("samples", "bytes", "sha256")}
 
 
+def _place_index(name: str, shard: str, folder: Path, key: str) -> Path:
+    """Return the place of an index: beside a shard below the manifest's folder, else in a folder by the manifest."""
+    if storage.is_local(shard) and not name.startswith(".."):
+        return Path(shard.removesuffix(".tar") + INDEX)
+    return folder / key / (short_digest(name) + INDEX)
+
+
 def _is_current(shard: str, index: Path, facts: dict[str, Any], source: str | None) -> bool:
-    """Whether an index is of the shard as it is now: a local one must not have been touched since."""
+    """Return whether an index is of the shard as it is now; a local shard must not have changed after it."""
     if facts.get("version") != INDEX_VERSION or facts.get("source") != source or "sha256" not in facts:
         return False
     if not storage.is_local(shard):
@@ -180,29 +154,13 @@ def _is_current(shard: str, index: Path, facts: dict[str, Any], source: str | No
 
 
 def was_touched(shard: str, index: str | Path) -> bool:
-    """Whether a local shard changed after its index was written: another of the same size may be in its place."""
+    """Return whether a local shard changed after its index was written: another of the same size may replace it."""
     now = os.stat(shard)
     return max(now.st_mtime_ns, now.st_ctime_ns) >= os.stat(index).st_mtime_ns
 
 
-def _version(shard: str) -> str | None:
-    """What tells one content of an s3:// or http(s):// address from the next; None where nothing does."""
-    if shard.startswith(("http://", "https://")):
-        with contextlib.suppress(OSError, http.client.HTTPException):  # a server may know no HEAD
-            request = urllib.request.Request(shard, method="HEAD")
-            with urllib.request.urlopen(request, timeout=storage.TIMEOUT) as answer:
-                about = answer.headers
-            if about["ETag"] or about["Last-Modified"]:
-                return about["ETag"] or f"{about['Last-Modified']} {about['Content-Length']}"
-    if shard.startswith("s3://"):
-        with contextlib.suppress(Exception):  # botocore's are many; the copy that follows says what is wrong
-            filesystem, path = storage.find_filesystem(shard)
-            return str(filesystem.info(path)["ETag"])
-    return None
-
-
 def in_threads(work: Callable, items: Sequence, label: str) -> list:
-    """The results of `work` on each item, in order, by several threads, with progress; the first error ends all."""
+    """Return the results of `work` on each item, in order, with progress; the first error cancels the rest."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             return list(progress(pool.map(work, items), len(items), label))
@@ -211,30 +169,29 @@ def in_threads(work: Callable, items: Sequence, label: str) -> list:
             raise
 
 
-def progress(items: Iterable, total: int, label: str) -> tqdm:
-    """A progress bar over shards where it takes some time; in a log a line now and then."""
+def progress(items: Iterable, total: int, label: str) -> Iterable:
+    """Return the items with a progress bar if they take long; a log file gets a line now and then."""
     every = 0.5 if sys.stderr.isatty() else 30
     return tqdm(items, total=total, unit="shard", desc=label, mininterval=every, delay=2)
 
 
-def read_manifest(path: str | Path, full: bool = False) -> dict:
-    """Read a manifest; `shards[i]["path"]` is where shard i lies, and "index_path" its index (None: it has none).
+# ---------------------------------------------------------------- reading
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Read a manifest; add to each shard's row "path", where it lies, and "index_path" (None: it has no index).
 
-    Local shards must be there with the right size; where `full`, all that `find_faults` looks at must be right.
-    Raises ShardError naming the shard at fault.
+    Raise ShardError if a local shard is missing or has another size.
     """
-    manifest = _load_manifest(path)
+    manifest = load_manifest(path)
     for row in manifest["shards"]:
-        if fault := next(_shard_faults(row, path) if full else _size_faults(row, path), None):
+        if fault := size_fault(row, path):
             raise ShardError(fault)
     return manifest
 
 
-def _load_manifest(path: str | Path) -> dict:
+def load_manifest(path: str | Path) -> dict[str, Any]:
+    """Read a manifest as `read_manifest` does, without a look at the shards."""
     if not storage.is_local(str(path)):
-        raise ShardError(
-            f"{path}: a manifest is read from a local path; copy it here, its shards may stay where they are"
-        )
+        raise ShardError(f"{path}: a manifest must be a local file; copy it here, its shards may stay where they are")
     try:
         manifest = json.loads(Path(path).read_text())
         rows = manifest["shards"]
@@ -252,10 +209,37 @@ def _load_manifest(path: str | Path) -> dict:
     return manifest
 
 
-def find_shards(path: str, part: int = 0, parts: int = 1) -> dict:
-    """A manifest (read), or one of as much as is known of the shards in brace notation: one part's run of its rows.
+def size_fault(row: dict, manifest: str | Path) -> str | None:
+    """Return what is wrong with the size of a local shard, with the remedy."""
+    shard = row["path"]
+    if not storage.is_local(shard):
+        return None
+    if not os.path.isfile(shard):
+        return f"{shard}: shard is missing, though {manifest} lists it; {remedy(row, manifest)}"
+    if (size := os.path.getsize(shard)) != row["bytes"]:
+        return f"{shard}: {size} bytes, {row['bytes']} expected by {manifest}; {remedy(row, manifest, shard)}"
+    return None
 
-    Raises ShardError where a shard is named twice, StorageError where there is none.
+
+def remedy(row: dict, manifest: str | Path, file: str | Path | None = None) -> str:
+    """Return how to repair a shard, its index or a manifest; an adopted shard must not be deleted but restored."""
+    part = os.path.normpath(os.path.join(os.path.dirname(manifest), row["part"])) if "part" in row else None
+    command = f"snakemake --force {part} {manifest}" if part else f"snakemake --force {manifest}"
+    if row and file == row["path"] and row["index_path"] and not has_index_beside(row):
+        return f"restore it from its source, or if the new content is right, index it again: {command}"
+    return f"delete it, then rebuild it: {command}" if file else f"rebuild it: {command}"
+
+
+def has_index_beside(row: dict) -> bool:
+    """Return whether a shard was written by this system: its index then lies beside it."""
+    return os.path.dirname(row["index_path"]) == os.path.dirname(row["path"])
+
+
+def find_shards(path: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Return the shards of one partition: a manifest's, or those named by brace notation, globs and addresses.
+
+    For shards without a manifest, rows hold only "path" and "index_path". Raise ShardError if a shard is named twice,
+    StorageError if there is none.
     """
     if path.endswith(".json") and storage.is_local(path):
         manifest = read_manifest(path)
@@ -269,105 +253,12 @@ def find_shards(path: str, part: int = 0, parts: int = 1) -> dict:
 
 
 def read_part(part: str, parts: str) -> tuple[int, int]:
-    """A command's part= and parts= as numbers. Raises ShardError unless 0 <= part < parts."""
+    """Return a command's part= and parts= as numbers. Raise ShardError unless 0 <= part < parts."""
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ShardError(f"part={part} parts={parts}: a part from 0 to parts - 1 is expected, such as part=0 parts=4")
+        raise ShardError(f"part={part} parts={parts}: expected a part from 0 to parts - 1, such as part=0 parts=4")
     return int(part), int(parts)
 
 
-# ---------------------------------------------------------------- checks
-def find_faults(path: str | Path) -> list[str]:
-    """Everything wrong with a manifest, its shards and their indices, each with the file and the remedy.
-
-    Every byte is read: sha256, whole tars, counts of samples, indices, shards that no row lists.
-    """
-    try:
-        manifest = _load_manifest(path)
-    except ShardError as error:
-        return [str(error)]
-    rows = manifest["shards"]
-    faults = list(_empty_text_faults(manifest, path))
-    if manifest.get("fingerprint") != fingerprint(manifest.get("made_by"), [row["sha256"] for row in rows]):
-        faults.append(f"{path}: its fingerprint does not fit what it says; {_remedy({}, path)}")
-    for key in ("samples", "bytes"):
-        if manifest.get(key) != (total := sum(row[key] for row in rows)):
-            faults.append(f"{path}: {key} is {manifest.get(key)}, but its shards have {total}; {_remedy({}, path)}")
-    found = in_threads(lambda row: list(_shard_faults(row, path)), rows, "verify")
-    return faults + list(itertools.chain.from_iterable(found)) + list(_foreign_shards(rows, path))
-
-
-def _empty_text_faults(manifest: dict, path: str | Path) -> Iterator[str]:
-    """What is wrong with the states of the empty caption, where latents have some."""
-    if not manifest.get("empty_text"):
-        return
-    file = Path(path).parent / manifest["empty_text"]
-    if not file.is_file():
-        yield f"{file}: states of the empty caption are missing, though {path} names them; {_remedy({}, path)}"
-    elif sha256_file(file) != manifest.get("empty_text_sha256"):
-        yield f"{file}: sha256 differs from the one in {path}; {_remedy({}, path, file)}"
-
-
-def _shard_faults(row: dict, manifest: str | Path) -> Iterator[str]:
-    sizes = list(_size_faults(row, manifest))
-    yield from sizes or _content_faults(row, manifest)
-    index, remedy = row["index_path"], _remedy(row, manifest, row["index_path"])
-    if index and not os.path.isfile(index):
-        yield f"{index}: index is missing, though {manifest} lists it; {_remedy(row, manifest)}"
-    elif index and sha256_file(index) != row.get("index_sha256"):
-        yield f"{index}: sha256 of the index differs from the one in {manifest}; {remedy}"
-
-
-def _size_faults(row: dict, manifest: str | Path) -> Iterator[str]:
-    shard = row["path"]
-    if not storage.is_local(shard):
-        return
-    if not os.path.isfile(shard):
-        yield f"{shard}: shard is missing, though {manifest} lists it; {_remedy(row, manifest)}"
-    elif (size := os.path.getsize(shard)) != row["bytes"]:
-        yield f"{shard}: {size} bytes, {row['bytes']} expected by {manifest}; {_remedy(row, manifest, shard)}"
-
-
-def _content_faults(row: dict, manifest: str | Path) -> Iterator[str]:
-    """The first of what is wrong inside a shard: the rest follows from it."""
-    shard, remedy = row["path"], _remedy(row, manifest, row["path"])
-    try:
-        with storage.local(shard) as path:
-            if sha256_file(path) != row["sha256"]:
-                yield f"{shard}: sha256 differs from the one in {manifest}; {remedy}"
-                return
-            found = index_tar(path, shard)
-        if len(found) != row["samples"]:
-            yield f"{shard}: {len(found)} samples, {row['samples']} expected by {manifest}; {remedy}"
-        elif row["index_path"] and os.path.isfile(row["index_path"]):
-            with contextlib.suppress(ShardError):  # a damaged index is found by its own sum
-                if read_index(row["index_path"], shard, ()) != found:
-                    remedy = _remedy(row, manifest, row["index_path"])
-                    yield f"{row['index_path']}: does not fit the samples of {shard}; {remedy}"
-    except (ShardError, storage.StorageError) as error:
-        yield str(error)
-
-
-def _foreign_shards(rows: list[dict], manifest: str | Path) -> Iterator[str]:
-    """Tars with samples that lie among shards of ours, which are those with their indices beside them."""
-    ours = {os.path.dirname(row["path"]): row for row in rows if row["index_path"] and _is_beside(row)}
-    listed = {os.path.abspath(row["path"]) for row in rows}
-    for folder, row in ours.items():
-        for tar in sorted(Path(folder).glob("*.tar")):
-            with contextlib.suppress(ShardError):
-                if os.path.abspath(tar) in listed or not index_tar(tar):
-                    continue  # img2dataset leaves an empty tar where every download failed
-            if os.path.abspath(tar) not in listed:
-                yield f"{tar}: foreign shard, not listed in {manifest}; {_remedy(row, manifest, tar)}"
-
-
-def _is_beside(row: dict) -> bool:
-    return os.path.dirname(row["index_path"]) == os.path.dirname(row["path"])
-
-
-def _remedy(row: dict, manifest: str | Path, file: str | Path | None = None) -> str:
-    """How to get right again. What is not ours to delete, shards that were adopted, is to be restored."""
-    part = os.path.normpath(os.path.join(os.path.dirname(manifest), row["part"])) if "part" in row else None
-    command = f"snakemake --force {part} {manifest}" if part else f"snakemake --force {manifest}"
-    if row and file == row["path"] and row["index_path"] and not _is_beside(row):
-        return f"restore it from its source, or if it should be so, index it anew: {command}"
-    return f"delete it, then rebuild it: {command}" if file else f"rebuild it: {command}"
+def summary(manifest: dict[str, Any]) -> str:
+    """Return the size of a manifest's shards in words."""
+    return f"{len(manifest['shards']):,} shards, {manifest['samples']:,} samples, {manifest['bytes'] / 1e6:,.1f} MB"

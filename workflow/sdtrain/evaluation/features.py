@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from sdtrain import distributed
-from sdtrain.data.stream import ImageDataset
+from sdtrain.data.datasets import ImageDataset
 from sdtrain.errors import SDTrainError
 from sdtrain.io.files import read_json
 from sdtrain.models import feature_networks

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import http.client
-import math
 import os
 import shutil
 import subprocess
@@ -23,7 +21,6 @@ from typing import Any, BinaryIO
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from sdtrain.errors import SDTrainError
-from sdtrain.io.files import atomic_path, hold_lock
 
 TIMEOUT = 30  # seconds without data from an HTTP server
 S3 = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 4, "mode": "standard"}}
@@ -124,15 +121,26 @@ def local(address: str) -> Iterator[str]:
         yield file.name
 
 
-def fetch(address: str, folder: str | Path) -> str:
-    """Return the path of a complete copy of an address in `folder`; concurrent processes make it once."""
-    target = Path(folder, hashlib.sha256(address.encode()).hexdigest()[:24])
-    if not target.exists():
-        with hold_lock(f"{target}.lock", wait_seconds=math.inf):
-            if not target.exists():
-                with atomic_path(target) as temporary, open(temporary, "wb") as file:
-                    copy(address, file)
-    return str(target)
+def version(address: str) -> str | None:
+    """Return a text that changes when the content of an address does; None where nothing tells (pipe:, some servers).
+
+    It is the size and modification time of a local file, the ETag or modification time of a remote one.
+    """
+    if is_local(address):
+        found = os.stat(address)
+        return f"{found.st_size} {found.st_mtime_ns}"
+    if address.startswith(("http://", "https://")):
+        with contextlib.suppress(OSError, http.client.HTTPException):  # some servers answer no HEAD request
+            request = urllib.request.Request(address, method="HEAD")
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                about = answer.headers
+            if about["ETag"] or about["Last-Modified"]:
+                return about["ETag"] or f"{about['Last-Modified']} {about['Content-Length']}"
+    if address.startswith("s3://"):
+        with contextlib.suppress(Exception):  # botocore raises many kinds; reading the address names the cause
+            filesystem, path = find_filesystem(address)
+            return str(filesystem.info(path)["ETag"])
+    return None
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from samples import load_script, make_sample, run_script, write_tar
 
 from sdtrain.config import schema
 from sdtrain.config.load import load_config
-from sdtrain.data import images, tars
+from sdtrain.data import images, latents, tars
 from sdtrain.data.manifest import read_manifest, write_manifest
+from sdtrain.data.verify import find_faults
 from sdtrain.models.parts import TextEncoding, encode_images, load_part
 
 script = load_script("precompute_latents")
@@ -37,7 +38,7 @@ def run(
     """The manifest of latents in `folder`, made in this process."""
     values = load_config(schema.LatentsConfig, overrides=["workers=0", *settings])
     text = str(text) if text else None
-    return script.precompute(values, str(vae), text, resolution, str(manifest), folder / "manifest.json")
+    return latents.precompute(values, str(vae), text, resolution, str(manifest), folder / "manifest.json")
 
 
 def arguments(folder: Path, manifest: Path, parts: Path, *settings: str) -> list[str]:
@@ -89,7 +90,8 @@ def made(source, tiny_parts, tmp_path_factory):
 
 # ---------------------------------------------------------------- what is in them
 def test_latents_are_those_of_the_vae(made, source, tiny_parts):
-    manifest = read_manifest(made[0] / "manifest.json", full=True)
+    assert find_faults(made[0] / "manifest.json") == []
+    manifest = read_manifest(made[0] / "manifest.json")
     assert (manifest["kind"], manifest["samples"], manifest["dropped"]) == ("latents", 41, {})
     assert [row["samples"] for row in manifest["shards"]] == [17, 5, 19]
     vae = load_part("vae", load_config(schema.ModelConfig, values={"vae": {"pretrained": str(tiny_parts)}}))
@@ -218,9 +220,9 @@ def test_a_wrong_scaling_factor_is_warned_of(source, tmp_path, posterior):
 def test_a_vae_that_decodes_to_something_else_is_warned_of(made):
     folder, done = made
     checks = read_manifest(folder / "manifest.json")["checks"]
-    assert checks["psnr"] < 15 and f"{checks['psnr']} dB from its image" in done.stderr
+    assert checks["psnr"] < 15 and f"a decoded sample is {checks['psnr']} dB" in done.stderr
     expected = f"41 latents, 0 dropped, mean {checks['mean']:.3f}, standard deviation {checks['std']:.3f}"
-    assert done.stdout == f"{folder / 'manifest.json'}: {expected}, decoded {checks['psnr']:.1f} dB (check.png)\n"
+    assert done.stdout == f"{folder / 'manifest.json'}: {expected}, PSNR {checks['psnr']:.1f} dB (check.png)\n"
 
 
 # ---------------------------------------------------------------- killed
@@ -301,7 +303,7 @@ def test_several_may_tidy_up_at_the_same_time(tmp_path):
         for number in range(200):
             (copies / str(number)).touch()
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(script.remove, [list(tmp_path.iterdir())] * 4))
+            list(pool.map(latents.delete, [list(tmp_path.iterdir())] * 4))
         assert not list(tmp_path.iterdir())
 
 
@@ -364,7 +366,7 @@ def test_bad_input_is_one_message(image_shards, source, tiny_parts, tmp_path):
     spoiled = shutil.copytree(image_shards, tmp_path / "spoiled")
     (spoiled / "00001.tar").unlink()
     for change, message in [
-        ({"resolution": "large"}, "resolution=large: a number of pixels is expected"),
+        ({"resolution": "large"}, "resolution=large: expected a number of pixels"),
         ({"vae": tmp_path / "absent"}, "absent: no such folder; make it with: snakemake"),
         ({"text_encoder": tmp_path / "absent"}, "absent: no such folder; make it with: snakemake"),
         ({"images": spoiled / "manifest.json"}, "00001.tar: shard is missing"),

@@ -1,4 +1,4 @@
-"""A loopback server of images that behaves as badly as the web does, and builds of shards that download from it."""
+"""A loopback server of images with the faults of web servers, and builds of shards that download from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sdtrain.data.manifest import read_manifest
 from sdtrain.data.verify import find_faults
 
 CONFIG = {"image_size": 16, "samples_per_shard": 4, "processes": 1, "threads": 4, "retries": 0, "columns": ["group"]}
-ENVIRONMENT = {  # img2dataset imports much, three times a run: its bytecode is kept between the runs
+ENVIRONMENT = {  # img2dataset imports many modules, three times a run, so bytecode is kept between runs
     **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
     "PYTHONPATH": str(ROOT / "workflow"),
     "PYTHONPYCACHEPREFIX": f"{tempfile.gettempdir()}/sdtrain-bytecode-{os.getuid()}",
@@ -37,7 +37,7 @@ ENVIRONMENT = {  # img2dataset imports much, three times a run: its bytecode is 
 
 
 def png(number: int, size=(24, 16), background=(0, 0, 0, 0)) -> bytes:
-    """Left half of a colour of its own, right half transparent."""
+    """Return a PNG whose left half has a colour that depends on the number; the right half is transparent."""
     image = Image.new("RGBA", size, background)
     image.paste((10 * number % 256, 200, 40, 255), (0, 0, size[0] // 2, size[1]))
     image = image.convert("RGB") if background[3] else image
@@ -48,7 +48,7 @@ def png(number: int, size=(24, 16), background=(0, 0, 0, 0)) -> bytes:
 
 @functools.cache
 def bomb(side: int = 30_000) -> bytes:
-    """A black PNG of `side` x `side` pixels in 110 kB."""
+    """Return a black PNG of `side` x `side` pixels in 110 kB."""
     deflate = zlib.compressobj()
     rows = bytes(1 + side // 8) * 100
     body = b"".join(deflate.compress(rows) for _ in range(side // 100)) + deflate.flush()
@@ -60,9 +60,10 @@ def bomb(side: int = 30_000) -> bytes:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """`/{number}.png` is an image, `/{manner}/{number}.png` the same in one of the manners below.
+    """Answer `/{number}.png` with an image, and `/{manner}/{number}.png` with one of the faults below.
 
-    Images wait up to two times `server.slow` seconds, so that they end out of order; `server.absent` numbers are 404.
+    Answers are delayed by up to two times `server.slow` seconds, so that downloads finish out of order. Numbers in
+    `server.absent` are answered with 404.
     """
 
     def do_GET(self):
@@ -106,10 +107,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve() -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server, as a context."""
+    """Run the server as a context."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
-        server.handle_error = lambda *_: None  # a client that hung up
+        server.handle_error = lambda *_: None  # a client closed its connection
         reset(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -117,7 +118,7 @@ def serve() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def reset(server) -> None:
-    """Forget what was asked, and answer as at first."""
+    """Reset the record of requests and the behaviour of the server."""
     server.asked, server.agents, server.absent, server.slow = Counter(), set(), set(), 0.02
 
 
@@ -128,7 +129,7 @@ class Work:
         self.folder, self.output, self.server = folder, folder / "shards" / "manifest.json", server
 
     def select(self, paths: int | list[str], **columns) -> None:
-        """Write a selection of these paths of the server, or of so many images."""
+        """Write a selection of these paths of the server, or of this many images."""
         paths = [f"{i}.png" for i in range(paths)] if isinstance(paths, int) else paths
         n = len(paths)
         table = {"url": [f"http://127.0.0.1:{self.server.server_port}/{path}" for path in paths]}
@@ -159,7 +160,7 @@ class Work:
         )
 
     def run(self, **config) -> tuple[dict | None, str]:
-        """Run the command to its end. Returns the manifest, if there is one, and what was said."""
+        """Run the command to its end; return the manifest, or None, and the output."""
         process = self.start(**config)
         said, _ = process.communicate(timeout=120)
         output = config.get("output") or self.output
@@ -170,7 +171,7 @@ class Work:
 
 
 def content(output: Path) -> dict[str, bytes]:
-    """What a build makes: the manifest (but the digest of the code), its tars and their indices, byte for byte."""
+    """Return the bytes of a build's files: the manifest (without the digest of the code), tars and indices."""
     folder = output.parent
     paths = [*folder.glob("*/[0-9]*.tar"), *folder.glob("*/[0-9]*.parquet")]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}

@@ -1,25 +1,39 @@
-"""Fixtures of the tests of build_shards: a server of images, good and bad, and a folder to build in."""
+"""Fixtures of the tests of fetch_table and build_shards: loopback servers, and folders in which the commands run."""
 
 from __future__ import annotations
 
 import downloads
+import fetching
 import pytest
 
 
 @pytest.fixture(scope="module")
 def server():
-    """A server on loopback; see tests/downloads.py."""
+    """Serve images, good and bad, on loopback; see tests/downloads.py."""
     with downloads.serve() as server:
         yield server
 
 
 @pytest.fixture
 def reset(server):
-    """The server as it was at its start."""
+    """Reset the server of images."""
     downloads.reset(server)
 
 
 @pytest.fixture
 def work(tmp_path, server):
-    """A folder in which build_shards can be started."""
+    """Return a folder in which build_shards can be started."""
     return downloads.Work(tmp_path, server)
+
+
+@pytest.fixture
+def web():
+    """Serve on loopback what the test puts into `web.routes`."""
+    with fetching.serve_routes() as server:
+        yield server
+
+
+@pytest.fixture
+def fetcher(tmp_path, capsys):
+    """Return what runs fetch_table in the test's folder."""
+    return fetching.Fetcher(tmp_path, capsys)

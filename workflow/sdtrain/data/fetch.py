@@ -25,10 +25,6 @@ SCHEME = "^[A-Za-z][A-Za-z0-9+.-]+:"  # how a URL begins
 Form = Callable[[DictConfig, Path], int]  # write the table of a configuration to a parquet file; return its rows
 
 
-class FetchError(SDTrainError, RuntimeError):
-    """A table that cannot be fetched. The message says what, from where, and the remedy."""
-
-
 def fetch_table(config: DictConfig, output: Path, forms: Mapping[str, Form]) -> int:
     """Write the table that `config` (`table:` of a dataset) describes to `output`; return the number of rows."""
     if config.kind not in forms:
@@ -64,7 +60,7 @@ def fetch_hub(config: DictConfig, output: Path) -> int:
         HfApi().repo_info(**pinned, timeout=TIMEOUT)  # snapshot_download alone accepts a partial folder when offline
         snapshot_download(**pinned, allow_patterns=patterns, local_dir=folder, etag_timeout=TIMEOUT)
     except (httpx2.HTTPError, OSError) as error:
-        raise FetchError(
+        raise SDTrainError(
             f"{config.repo}@{config.revision}: cannot fetch the dataset ({str(error).splitlines()[0]}); check network "
             "and names (a gated dataset needs its terms accepted and HF_TOKEN set), then run the same command again"
         ) from None
@@ -124,11 +120,11 @@ def download(address: str, folder: Path) -> str:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise FetchError unless the file has this SHA-256."""
+    """Raise SDTrainError unless the file has this SHA-256."""
     if not path.is_file():
-        raise FetchError(f"{path}: table.sha256 must belong to a single file, but this is not a file")
+        raise SDTrainError(f"{path}: table.sha256 must belong to a single file, but this is not a file")
     found = sha256_file(path)
     if found != expected:
-        raise FetchError(
+        raise SDTrainError(
             f"{path}: sha256 is {found}, expected {expected}; delete the file to fetch it again, or correct sha256"
         )

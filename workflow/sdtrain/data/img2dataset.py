@@ -64,10 +64,6 @@ LEASH = 'exec 3<&0 </dev/null; (read -r _ <&3; kill -KILL 0) & exec "$@" 3<&-'
 Stats = dict[str, dict[str, Any]]  # of each finished shard, by name
 
 
-class BuildError(SDTrainError, RuntimeError):
-    """Shards that cannot be built. The message says what failed, why, and the remedy."""
-
-
 # ---------------------------------------------------------------- options
 def img2dataset_options(config: DictConfig) -> dict[str, Any]:
     """Return the configuration as options of img2dataset. Raise ConfigError for a wrong name in shards.options."""
@@ -102,7 +98,7 @@ def find_img2dataset() -> str:
     ours = Path(__file__).resolve().parents[3] / ".venv-data/bin/img2dataset"
     found = os.environ.get("IMG2DATASET") or shutil.which("img2dataset") or (str(ours) if ours.exists() else None)
     if not found or not shutil.which(found):
-        raise BuildError(f"img2dataset is not there ({found or 'PATH, .venv-data'}); install it with: make env")
+        raise SDTrainError(f"img2dataset is not there ({found or 'PATH, .venv-data'}); install it with: make env")
     return found
 
 
@@ -132,14 +128,14 @@ def run_img2dataset(config: DictConfig, folder: Path, rows: int, settle: Callabl
                 child.stdin.close()
             child.wait()
     if child.returncode:
-        raise BuildError(f"img2dataset failed: {find_error(log)}; its whole output is in {log}")
+        raise SDTrainError(f"img2dataset failed: {find_error(log)}; its whole output is in {log}")
     settle()
 
 
 def watch(child: subprocess.Popen, folder: Path, rows: int, settle: Callable[[], Stats]) -> None:
     """Settle finished shards and show progress, as a bar or a line now and then, until img2dataset ends.
 
-    Raise BuildError if nothing is written for STANDSTILL seconds: img2dataset waits forever for a worker that was
+    Raise SDTrainError if nothing is written for STANDSTILL seconds: img2dataset waits forever for a worker that was
     killed.
     """
     terminal = sys.stderr.isatty()
@@ -159,7 +155,7 @@ def watch(child: subprocess.Popen, folder: Path, rows: int, settle: Callable[[],
             if (bar.n, size) != last:
                 last, changed = (bar.n, size), now
             if now - changed > STANDSTILL:
-                raise BuildError(f"img2dataset has stood still for {STANDSTILL} s in {folder}; run the same again")
+                raise SDTrainError(f"img2dataset has stood still for {STANDSTILL} s in {folder}; run the same again")
 
 
 def count_bytes(folder: Path) -> int:

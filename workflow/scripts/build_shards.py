@@ -9,7 +9,7 @@ from pathlib import Path
 from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.data.build import build_shards
-from sdtrain.data.manifest import read_part
+from sdtrain.data.manifest import read_part, summary
 from sdtrain.errors import one_line_errors
 
 
@@ -20,8 +20,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         part, parts = read_part(own["part"], own["parts"])
         manifest = build_shards(config, own["selection"], part, parts, Path(own["output"]))
-    size = f"{len(manifest['shards'])} shards, {manifest['samples']:,} samples, {manifest['bytes'] / 1e6:.1f} MB"
-    print(f"{own['output']}: {size}, {sum(manifest['dropped'].values()):,} dropped")
+    print(f"{own['output']}: {summary(manifest)}, {sum(manifest['dropped'].values()):,} dropped")
 
 
 if __name__ == "__main__":

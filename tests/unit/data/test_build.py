@@ -194,7 +194,7 @@ def test_too_few_images_are_an_error_and_are_asked_again(work, server):
             "shards.options.compute_hsah: not an option to set here; did you mean comp",
         ),
         ({"options": {"bbox_col": "boxes"}}, "has no column boxes"),
-        ({"part": 2, "parts": 2}, "part=2 parts=2: a part from 0 to parts - 1 is expected"),
+        ({"part": 2, "parts": 2}, "part=2 parts=2: expected a part from 0 to parts - 1"),
     ],
 )
 def test_bad_input_says_what_and_leaves_nothing(work, config, message):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from sdtrain.config.fingerprint import fingerprint
 from sdtrain.data.formats import TableError
@@ -79,14 +78,9 @@ def write_table(table: Table, output: Path) -> int:
     url = table.schema.field("url")
     if not (pa.types.is_string(url.type) or pa.types.is_large_string(url.type)):
         raise TableError(f"{table.path}: the column url holds {url.type}, expected texts; correct table.columns")
-    with (
-        write_parquet(output, table.schema) as rows,
-        tqdm(total=table.count(), unit="row", unit_scale=True, desc="fetch", delay=5, mininterval=1) as bar,
-    ):
-        for source in table.files:
-            for batch in table.batches_of(source):
-                rows.write(to_urls(batch, source))
-                bar.update(batch.num_rows)
+    with write_parquet(output, table.schema) as rows:
+        for source, batch in table.batches_by_file(label="fetch"):
+            rows.write(to_urls(batch, source))
         if rows.rows == 0:
             raise TableError(f"{table.path}: the table has no rows")
     return rows.rows

@@ -49,21 +49,24 @@ class Table:
 
         `columns` (names of ours) limits what is read. With a `label`, show a progress bar if it takes long.
         """
+        for _, batch in self.batches_by_file(columns, label):
+            yield batch
+
+    def batches_by_file(
+        self, columns: list[str] | None = None, label: str | None = None
+    ) -> Iterator[tuple[str, pa.Table]]:
+        """Yield what `batches` yields, each batch with the file that it comes from."""
+        names = list(self._theirs) if columns is None else columns
+        self.require(names)
         total, off = (None, True) if label is None else (self.count(), False)
         with tqdm(total=total, unit="row", unit_scale=True, desc=label, delay=5, mininterval=1, disable=off) as bar:
             for file in self.files:
-                for batch in self.batches_of(file, columns):
-                    yield batch
-                    bar.update(batch.num_rows)
-
-    def batches_of(self, file: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the rows of one of `files`, as `batches` does."""
-        names = list(self._theirs) if columns is None else columns
-        self.require(names)
-        with table_errors(file):
-            for table in self._reader.read(file, [self._theirs[name] for name in names]):
-                for begin in range(0, table.num_rows, BATCH_ROWS):
-                    yield table.slice(begin, BATCH_ROWS).rename_columns(names)
+                with table_errors(file):
+                    for table in self._reader.read(file, [self._theirs[name] for name in names]):
+                        for begin in range(0, table.num_rows, BATCH_ROWS):
+                            batch = table.slice(begin, BATCH_ROWS).rename_columns(names)
+                            yield file, batch
+                            bar.update(batch.num_rows)
 
     def count(self) -> int | None:
         """Return the number of rows if the files tell it without being read (parquet), else None."""

@@ -100,7 +100,7 @@ def test_conda_environment_has_the_pins_of_the_locks(name):
 
 def test_conda_environments_together_have_every_direct_dependency():
     tools = {"hypothesis", "moto", "mypy", "pandas-stubs", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}
-    tools |= {"setuptools", "snakefmt", "types-tqdm"}
+    tools |= {"setuptools", "snakefmt", "types-tqdm", "wids"}
     anywhere = conda_pins("workflow") | conda_pins("train") | conda_pins("data")
     assert set(direct_pins()) - tools <= set(anywhere)
     assert set(pins(REQUIREMENTS / "img2dataset.in")) <= set(conda_pins("data"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import typing
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +14,10 @@ import torch
 from safetensors.torch import save, save_file
 from samples import draw, jpeg, make_sample, write_tar
 
-from sdtrain.config import schema
+from sdtrain.config import load, schema
 from sdtrain.config.load import load_config
 from sdtrain.data import images
-from sdtrain.data.datasets import ImageDataset, LatentDataset, open_dataset
+from sdtrain.data.datasets import FORMS, ImageDataset, LatentDataset, open_dataset
 from sdtrain.data.manifest import write_manifest
 from sdtrain.data.sources import DataError
 from sdtrain.data.stream import batches
@@ -196,3 +197,8 @@ def test_every_form_gives_the_same_batches(kind, tmp_path):
     found = {(text, pixels.numpy().tobytes()) for text, pixels in zip(batch["caption"], batch["pixels"], strict=True)}
     expected = [images.prepare(image, 16)["pixels"].numpy().tobytes() for image in data[:8]]
     assert found == set(zip(table["words"], expected, strict=False))
+
+
+def test_every_form_of_the_schema_is_in_the_registry_and_no_other():
+    types = typing.get_args(typing.get_type_hints(schema.DatasetConfig)["type"]) or load.DATASET_TYPES
+    assert set(FORMS) == set(types)

@@ -118,8 +118,9 @@ def test_damaged_files_decode_or_are_refused(kind, seed, cut):
 
 # ---------------------------------------------------------------- squares
 def test_pixels_are_between_minus_one_and_one():
-    pixels = images.to_pixels(Image.fromarray(np.array([[[0, 51, 255], [255, 0, 102]]], dtype=np.uint8)))
-    assert pixels.shape == (3, 1, 2) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    colours = np.array([[[0, 51, 255], [255, 0, 102]]] * 2, dtype=np.uint8)
+    pixels = images.prepare(encode(Image.fromarray(colours), "PNG"), 2)["pixels"]
+    assert pixels.shape == (3, 2, 2) and pixels.dtype == torch.float32 and pixels.is_contiguous()
     assert torch.allclose(pixels[:, 0].T, torch.tensor([[-1.0, -0.6, 1.0], [1.0, -1.0, -0.2]]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -217,3 +218,30 @@ def test_sums_are_sha256(tmp_path):
 def test_a_manifest_far_away_is_refused_with_a_remedy():
     with pytest.raises(ShardError, match="s3://bucket/manifest.json: a manifest must be a local file; copy it here"):
         read_manifest("s3://bucket/manifest.json")
+
+
+# ---------------------------------------------------------------- wids
+def test_a_manifest_is_a_wids_shard_index(folder, tmp_path):
+    import wids
+
+    gathered = tmp_path / "elsewhere/shards/manifest.json"
+    gather_manifests([folder / "manifest.json"], gathered)
+    for number, manifest in enumerate((folder / "manifest.json", gathered)):
+        local = wids.wids.DefaultLocalname(str(tmp_path / f"cache-{number}"))  # wids copies shards before it reads them
+        dataset = wids.ShardListDataset(str(manifest), localname=local, transformations=[])
+        assert len(dataset) == 41
+        found = [dataset[position] for position in range(len(dataset))]
+        expected = [make_sample(number) for number in range(41)]
+        assert [sample["__key__"] for sample in found] == [key for key, _ in expected]
+        for sample, (_, fields) in zip(found, expected, strict=True):
+            assert {name: sample[f".{name}"].read() for name in fields} == fields
+
+
+def test_a_manifest_without_a_shard_index_is_read(folder):
+    """Manifests of earlier versions have no fields for wids."""
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for name in ("__kind__", "wids_version", "shardlist"):
+        del content[name]
+    manifest.write_text(json.dumps(content))
+    assert read_manifest(manifest)["samples"] == 41 and find_faults(manifest) == []

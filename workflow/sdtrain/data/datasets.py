@@ -217,13 +217,14 @@ def _read_prompts(path: str) -> dict | list:
 def _read_empty_text(manifest: str) -> torch.Tensor | None:
     """Return the text encoder's states of the empty caption that a manifest names, float32 tokens x width."""
     name = read_manifest(manifest).get("empty_text")
+    if not name:
+        return None
+    path = Path(manifest).parent / name
     try:
-        return load_file(Path(manifest).parent / name)["text"].float() if name else None
+        return load_file(path)["text"].float()
     except (OSError, KeyError, SafetensorError) as error:
-        raise DataError(
-            f"{Path(manifest).parent / name}: not the states of the empty caption ({error}); make them again: "
-            f"snakemake --force {manifest}"
-        ) from None
+        remedy = f"make them again: snakemake --force {manifest}"
+        raise DataError(f"{path}: not the states of the empty caption ({error}); {remedy}") from None
 
 
 # ---------------------------------------------------------------- dataset forms: what dataset.type may name

@@ -7,9 +7,7 @@ mean and std, scaled, float16; original_size; crop) and, with a text encoder, `t
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
-import math
 import os
 import shutil
 import sys
@@ -25,8 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -36,16 +33,15 @@ from sdtrain.config.fingerprint import fingerprint, record_fingerprint
 from sdtrain.config.load import load_config
 from sdtrain.data import images, tars
 from sdtrain.data.indices import read_index
+from sdtrain.data.latent_checks import compare, find_warnings, measure
 from sdtrain.data.manifest import read_manifest, write_manifest
 from sdtrain.data.stream import use_one_thread
 from sdtrain.io import storage
 from sdtrain.io.cache import LocalCache
 from sdtrain.io.files import atomic_path, read_json, sha256_file, write_json
-from sdtrain.models.parts import TextEncoding, check_length, decode_latents, encode_moments, load_part
+from sdtrain.models.parts import TextEncoding, check_length, encode_moments, load_part
 
 CROP, NOISE = 0, 1  # uses of a sample's randomness, each a pure function of (seed, use, shard, sample)
-CHECKED = (8, 128)  # shards, and samples of each, whose mean and standard deviation are measured
-MEAN, DEVIATION, PSNR = 0.5, (0.5, 2.0), 15.0  # beyond these, the VAE's scaling is wrong, or it is for other images
 
 
 # ---------------------------------------------------------------- decoding
@@ -196,9 +192,9 @@ def encode_shards(
     jobs = plan_jobs(source, numbers, settings.batch_size, encoder.text is not None, cache)
     batches = DataLoader(
         dataset,
-        sampler=jobs,  # type: ignore[arg-type]  # any iterable will do: its items are the dataset's keys
+        sampler=jobs,  # any iterable will do: its items are the dataset's keys
         batch_size=None,
-        collate_fn=_keep,
+        collate_fn=_keep,  # type: ignore[arg-type]  # without batch_size it gets one item
         num_workers=settings.workers,
         worker_init_fn=use_one_thread,
     )
@@ -235,51 +231,6 @@ def write_shard(folder: Path, number: int, batches: Iterable[Batch], encoder: En
 
 def _keep(batch: Batch) -> Batch:
     return batch
-
-
-# ---------------------------------------------------------------- checks
-def measure(made: list[Path]) -> dict[str, float]:
-    """Return the mean and standard deviation of the latents of some shards; of moments, one draw each is taken."""
-    rng, values = torch.Generator().manual_seed(0), []
-    count, samples = CHECKED
-    for tar in made[:: math.ceil(len(made) / count)]:
-        for sample in tars.index_tar(tar)[:samples]:
-            values.append(draw(load(sample.read("latent")), rng))
-    stacked = torch.stack(values).double()
-    return {"mean": round(stacked.mean().item(), 4), "std": round(stacked.std().item(), 4)}
-
-
-def draw(tensors: dict[str, torch.Tensor], rng: torch.Generator) -> torch.Tensor:
-    """Return the latents of one sample, float32; of moments, a random draw."""
-    if "latents" in tensors:
-        return tensors["latents"].float()
-    mean, std = tensors["mean"].float(), tensors["std"].float()
-    return mean + std * torch.randn(mean.shape, generator=rng)
-
-
-def compare(tar: Path, pixels: torch.Tensor, encoder: Encoder, output: Path) -> float:
-    """Decode the first latents of a tar, and write the image and the result side by side. Return the PSNR in dB."""
-    latents = draw(load(tars.index_tar(tar)[0].read("latent")), torch.Generator().manual_seed(0))
-    decoded = decode_latents(encoder.vae, latents[None].to(encoder.device))[0].cpu()
-    both = (torch.cat([pixels, decoded], dim=2) + 1) * 127.5
-    png = io.BytesIO()
-    Image.fromarray(both.round().byte().permute(1, 2, 0).numpy()).save(png, "PNG")
-    write_bytes(output, png.getvalue())
-    error = torch.nn.functional.mse_loss(decoded, pixels).item()
-    return round(10 * math.log10(4 / max(error, 1e-10)), 2)
-
-
-def find_warnings(checks: dict[str, Any]) -> list[str]:
-    """Return what looks wrong in the checks, and what to do about it."""
-    found = []
-    if abs(checks["mean"]) > MEAN or not DEVIATION[0] <= checks["std"] <= DEVIATION[1]:
-        found.append(
-            f"latents have mean {checks['mean']} and standard deviation {checks['std']}, not near 0 and 1: "
-            "set scaling_factor (and shift_factor) in the VAE's config.json"
-        )
-    if checks["psnr"] < PSNR:
-        found.append(f"the PSNR of a decoded sample is {checks['psnr']} dB; is the VAE made for such images?")
-    return found
 
 
 # ---------------------------------------------------------------- all shards
@@ -350,12 +301,15 @@ def finish(
     jobs = plan_jobs(source, full[:1], 1, encoder.text is not None, LocalCache(folder / ".fetched"))
     first = next(batch for batch in map(dataset.__getitem__, jobs) if batch.keys)
     checks: dict[str, Any] = {"samples": samples, "dropped": dropped.total(), **measure(made)}
-    checks["psnr"] = compare(made[0], first.tensors["pixels"][0], encoder, output.with_name("check.png"))
+    checks["psnr"] = compare(
+        made[0], first.tensors["pixels"][0], encoder.vae, encoder.device, output.with_name("check.png")
+    )
     checks["warnings"] = find_warnings(checks)
     more: dict[str, Any] = {"checks": checks}
     if encoder.text:
         empty = folder / "empty_text.safetensors"
-        write_bytes(empty, save({"text": encoder.states([""])[0]}))
+        with atomic_path(empty) as temporary:
+            temporary.write_bytes(save({"text": encoder.states([""])[0]}))
         more["empty_text"] = os.path.relpath(empty, output.parent)
     delete(folder.glob(".*"))
     return write_manifest(output, "latents", made, dict(sorted(dropped.items())), made_by, **more)
@@ -367,9 +321,3 @@ def delete(paths: Iterable[Path]) -> None:
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)

@@ -71,11 +71,11 @@ def reshard(config: DictConfig, split: str, part: int, parts: int, output: str) 
                     index = choice.keep(read_source(row, path, choice.columns))
                     copier.add(path, index, stays=storage.is_local(row["path"]))
             choice.check_column()  # before anything is finished
-        yields = {"yields": choice.yields} if choice.yields else {}
-        result = {"samples": copier.samples, "dropped": dict(choice.dropped), **yields}
+        dropped, yields = dict(choice.dropped), {"yields": choice.yields} if choice.yields else {}
         if parts == 1 and not copier.samples:
-            raise ShardError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{show_shards(result)}")
-        return write_manifest(output, source["kind"], copier.paths, result["dropped"], made_by, **yields)
+            shown = show_shards({"samples": 0, "dropped": dropped, **yields})
+            raise ShardError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{shown}")
+        return write_manifest(output, source["kind"], copier.paths, dropped, made_by, **yields)
 
 
 def read_source(row: dict, path: str, columns: list[str]) -> ShardIndex:

@@ -126,6 +126,7 @@ class TarSource(Source):
         return len(index), self._judge_index(index, spans)[1]
 
     def _judge_index(self, index: ShardIndex, spans: dict[str, np.ndarray]) -> tuple[np.ndarray, Counter[str]]:
+        assert index.readable is not None
         has = {"/".join(self.wanted[name]): span[:, 0] >= 0 for name, span in spans.items()}
         return self._judge(has, index.metadata, index.readable)
 

@@ -219,7 +219,7 @@ def write_tar(path: Path) -> Iterator[Callable[[str, dict[str, bytes]], None]]:
 
     The same samples give the same bytes: headers name no time and no user.
     """
-    from webdataset import TarWriter  # here, as it imports torch, which readers do not need
+    from webdataset import TarWriter  # here, as it imports torch where it can: readers need neither
 
     headers: dict[str, Any] = {"mtime": 0, "user": "", "group": "", "mode": 0o644, "format": "PAX_FORMAT"}
     with (

@@ -157,8 +157,8 @@ def test_samples_are_the_same_wherever_the_shards_are(kind, image_shards, tmp_pa
     if kind.startswith("s3"):
         s3 = request.getfixturevalue("s3")
         for number in range(3):
-            s3.put(f"shards/{number:05d}.tar", (image_shards / f"{number:05d}.tar").read_bytes())
-        path = s3.url("shards/" + (braces if kind == "s3" else "*.tar"))
+            s3.put(f"wherever/{number:05d}.tar", (image_shards / f"{number:05d}.tar").read_bytes())
+        path = s3.url("wherever/" + (braces if kind == "s3" else "*.tar"))
     elif kind == "http":
         path = f"{request.getfixturevalue('serve')(image_shards)}/{braces}"
     else:

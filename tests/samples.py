@@ -1,4 +1,4 @@
-"""What tests are made of: small pictures with captions, tars of them, a tokenizer; and the commands, to call."""
+"""Test data (small pictures with captions, tars of them, a tokenizer) and functions that run the commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache  # its own processes are sent objects of the one module in sys.modules
 def load_script(name: str):
-    """A command of workflow/scripts as a module, to call its functions."""
+    """Return a command of workflow/scripts as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "workflow/scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -55,8 +55,10 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def call_script(name: str, arguments: list[str], replaces: int | None = None) -> None:
-    """Run a command of workflow/scripts in this process; with `replaces`, kill -9 it when it has put so many files
-    in place and is about to put the next: the points at which random kills seldom fall."""
+    """Run a command of workflow/scripts in this process.
+
+    With `replaces`, kill -9 the process just before it renames the file after so many: random kills seldom fall there.
+    """
     count = iter(range(10**9))
 
     def replace(*paths):
@@ -69,9 +71,9 @@ def call_script(name: str, arguments: list[str], replaces: int | None = None) ->
 
 
 def kill_script(name: str, arguments: list[str], *, after: float | None = None, replaces: int | None = None) -> bool:
-    """Start a command in a process of its own and kill -9 it `after` seconds, or as `call_script` says.
+    """Start a command in a new process and kill -9 it `after` seconds, or as `call_script` says.
 
-    Returns whether it was killed; False: it had ended well before.
+    Return whether it was killed; False if it ended successfully before.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -87,7 +89,7 @@ def kill_script(name: str, arguments: list[str], *, after: float | None = None, 
 
 
 def make_tokenizer():
-    """A CLIP tokenizer, 16 tokens long, whose byte-pair merges spell WORDS and nothing else."""
+    """Return a CLIP tokenizer, 16 tokens long, whose byte-pair merges spell WORDS and nothing else."""
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -111,7 +113,7 @@ def make_tokenizer():
 
 
 def draw(number: int) -> tuple[Image.Image, str]:
-    """A small picture and what it shows; sizes and shapes vary with the number."""
+    """Return a small picture and its caption; sizes and shapes vary with the number."""
     rng = np.random.default_rng(number)
     width, height = (int(v) for v in rng.integers(32, 72, 2))
     colour = ("red", "green", "blue")[number % 3]
@@ -130,14 +132,14 @@ def draw(number: int) -> tuple[Image.Image, str]:
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """The bytes of an image's JPEG file."""
+    """Return the bytes of an image's JPEG file."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
 def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
-    """A tar of (key, {extension: bytes}), as any other tool would write it."""
+    """Write a tar of (key, {extension: bytes}), as any other tool would write it."""
     with tarfile.open(path, "w") as tar:
         for key, fields in samples:
             for extension, data in fields.items():
@@ -148,7 +150,7 @@ def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
 
 
 def make_sample(number: int) -> tuple[str, dict[str, bytes]]:
-    """Sample `number` of `image_shards`: image, caption and metadata (width, height, pwatermark, group)."""
+    """Return sample `number` of `image_shards`: image, caption and metadata (width, height, pwatermark, group)."""
     image, caption = draw(number)
     meta = {
         "caption": caption,

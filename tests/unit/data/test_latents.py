@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
-import random
 import shutil
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, load_file
-from samples import load_script, make_sample, run_script, write_tar
+from samples import call_script, load_script, make_sample, run_script, write_tar
 
 from sdtrain.config import schema
 from sdtrain.config.load import load_config
@@ -226,16 +225,18 @@ def test_a_vae_that_decodes_to_something_else_is_warned_of(made):
 
 
 # ---------------------------------------------------------------- killed
-def command(folder: Path, values: list[str], rank: int, ranks: int) -> None:
-    """What a forked process becomes: the command, one rank of several as torchrun starts it."""
+def command(folder: Path, values: list[str], rank: int, ranks: int, replaces: int | None) -> None:
+    """Become the command in a forked process: one rank of several, as torchrun starts it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     sys.stdout = sys.stderr = open(folder.with_suffix(".log"), "a", buffering=1)
-    script.main(["precompute_latents.py", *values])
+    call_script("precompute_latents", values, replaces)
 
 
-def start(folder: Path, values: list[str], ranks: int) -> list:
+def start(folder: Path, values: list[str], ranks: int, replaces: int | None = None) -> list:
+    """Start ranks; with `replaces`, each kills itself just before it renames the file after so many."""
     fork = multiprocessing.get_context("fork")  # torch is imported already: a start costs milliseconds
-    processes = [fork.Process(target=command, args=(folder, values, rank, ranks)) for rank in range(ranks)]
+    arguments = [(folder, values, rank, ranks, replaces) for rank in range(ranks)]
+    processes = [fork.Process(target=command, args=given) for given in arguments]
     for process in processes:
         process.start()
     return processes
@@ -249,37 +250,22 @@ def ended(processes: list) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_random_points_it_ends_in_the_same_bytes(source, tiny_parts, tmp_path, ranks):
-    chance, began = random.Random(ranks), time.monotonic()
+def test_kills_leave_the_same_bytes(source, tiny_parts, tmp_path, ranks):
+    """Kill -9 between a shard and its record, between shards, and before the manifest."""
     (whole := tmp_path / "whole").mkdir()
     assert ended(start(whole, arguments(whole, source, tiny_parts, "workers=0"), 1)) == [0]
-    duration, expected = time.monotonic() - began, files(whole)
+    expected = files(whole)
     assert {"manifest.json", "check.png"} < set(expected) and len(list(whole.glob("*/*.tar"))) == 3
-    for name in ("first", "second", "third"):
-        (folder := tmp_path / name).mkdir()
-        values, kills = arguments(folder, source, tiny_parts, "workers=0"), 0
-        while kills < 4:
-            processes = start(folder, values, ranks)
-            for process in chance.sample(processes, ranks):  # in any order, one after the other
-                time.sleep(chance.uniform(0, 0.6 * duration))
-                kills += process.is_alive()
-                process.kill()
-                process.join()
-            if (folder / "manifest.json").exists():  # it was faster: begin anew, and strike earlier
-                duration, kills = 0.7 * duration, 0
-                shutil.rmtree(folder)
-                folder.mkdir()
-                arguments(folder, source, tiny_parts, "workers=0")
-        assert ended(start(folder, values, ranks)) == [0] * ranks, folder.with_suffix(".log").read_text()
-        assert files(folder) == expected
-
-
-def test_a_killed_process_dies_by_the_signal(source, tiny_parts, tmp_path):
-    """The kills above are real ones."""
-    (process,) = start(tmp_path, arguments(tmp_path, source, tiny_parts, "workers=0"), 1)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "manifest.json").exists()
+    (folder := tmp_path / "killed").mkdir()
+    values = arguments(folder, source, tiny_parts, "workers=0")
+    for replaces in (0, 1, 2, 3, 1, 4):
+        processes = start(folder, values, ranks, replaces)
+        multiprocessing.connection.wait([process.sentinel for process in processes])
+        for process in processes:  # such as rank 0, which waits for the shards of a killed one
+            process.kill()
+        assert -signal.SIGKILL in ended(processes) and not (folder / "manifest.json").exists()
+    assert ended(start(folder, values, ranks)) == [0] * ranks, folder.with_suffix(".log").read_text()
+    assert files(folder) == expected
 
 
 def test_only_a_missing_shard_is_made_again_with_the_same_bytes(source, tiny_parts, tmp_path):

@@ -21,7 +21,7 @@ from sdtrain.training import objective
 
 PAGE = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
 DATA = Path(__file__).resolve().parents[2] / "templates"
-TEST = re.compile(r"`((?:unit|end_to_end|workflow)/\w+\.py)::(\w+)`")
+TEST = re.compile(r"`((?:unit|end_to_end|workflow)/[\w/]+\.py)::(\w+)`")
 SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:])
 HEAD = ["key", "from", "default", "meaning", "shown by"]
 WORDS_OF_THE_SEED = {  # keys of its text, and of lines that its template has commented out

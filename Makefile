@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo status test test-slurm lint bench lock clean-env
+.PHONY: help env demo status test test-slurm lint types bench lock clean-env
 
 PYTHON ?= python3.11
 RUN ?= demo
@@ -43,6 +43,9 @@ lint: env  ## check format and rules of Python and Snakemake files
 	ruff check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+
+types: env  ## check the types of the library with mypy
+	mypy
 
 bench: env  ## run the side-by-side measurements in benchmarks/
 	for script in benchmarks/*.py; do python "$$script" $(ARGS); done

@@ -35,18 +35,29 @@ def names_rule_job_and_log(said: str) -> str:
     return Path(re.search(rf"\S+/{job}\.log", said)[0]).read_text()
 
 
-@pytest.mark.parametrize(
-    ("resource", "value", "message"),
-    [
-        ("slurm_partition", "nowhere", "invalid partition specified: nowhere"),
-        ("slurm_partition", "lab", "Invalid account or account/partition combination specified"),
-        ("constraint", "unheard-of", "Invalid feature specification"),
-    ],
-)
-def test_what_sbatch_refuses(ready, resource, value, message):
-    with training(ready, f"refused-{value}", **{resource: f"'{value}'"}) as call:
+def test_sbatch_refuses_three_jobs(ready):
+    """One invocation; each run asks for something that the cluster does not have."""
+    partition, constraint = {"none": "nowhere", "closed": "lab", "feature": "gpu"}, {"feature": "unheard-of"}
+    for run in partition:
+        write_run(ready, f"refused-{run}")
+    choices = {f"refused-{run}": value for run, value in partition.items()}
+    features = {f"refused-{run}": value for run, value in constraint.items()}
+    edit_resources(
+        ready,
+        profile := copy_profile(ready, "refused"),
+        train={"slurm_partition": f"{choices}[wildcards.run]", "constraint": f"{features}.get(wildcards.run)"},
+    )
+    targets = [f"results/runs/{run}/stage1/{8 * STEPS}/train.json" for run in choices]
+    words = ("--config", "run=refused-none", "--retries", "0", "--keep-going", "--", *targets)
+    with snakemake(ready, *words, profile=profile) as call:
         assert call.ends() == 1
-    assert message in call.said() and "rule train" in call.said()
+    for message in (
+        "invalid partition specified: nowhere",
+        "Invalid account or account/partition combination specified",
+        "Invalid feature specification",
+    ):
+        assert message in call.said()
+    assert "rule train" in call.said()
 
 
 def test_memory_exceeded(ready):
@@ -121,18 +132,3 @@ def test_a_shared_file_system_that_lags(ready, wait, code):
         assert call.ends() == code, call.said()
     if code:
         assert "fetch_table" in call.said() and "latency" in call.said()
-
-
-def test_status_shows_the_jobs(ready):
-    """`make status` while a job waits and while it runs."""
-    with training(ready, "shown") as call:
-        wait_for(lambda: running(ready, "shown"), "the job to be submitted", 60, call.said)
-        (job,) = running(ready, "shown")
-        said = command("python", "workflow/scripts/status.py", "run=shown", folder=ready)
-        assert job.id in said and "train" in said and "stage1" in said
-        wait_for(lambda: (stage_folder(ready, "shown") / "log.jsonl").exists(), "the training to begin", 100, call.said)
-        assert job.log.exists()
-        said = command("python", "workflow/scripts/status.py", "run=shown", folder=ready)
-        assert "RUNNING" in said and str(job.log.relative_to(ready)) in said and "training" in said
-        call.succeeds()
-    assert "480 of 480 images" in command("python", "workflow/scripts/status.py", "run=shown", folder=ready)

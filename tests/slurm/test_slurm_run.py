@@ -60,18 +60,19 @@ def test_a_second_call_has_nothing_to_do(finished):
 
 
 # ---------------------------------------------------------------- many jobs
-PARTS, IN_A_GROUP, IN_FLIGHT = 200, 16, 3
+PARTS, IN_A_GROUP, IN_FLIGHT = 20, 4, 3
 
 
-def test_two_hundred_jobs_in_groups_a_few_at_a_time(finished):
-    """Of which a group goes to a node together, so many at once, and no faster than the cluster's manners allow."""
+def test_many_jobs_in_groups_a_few_at_a_time(finished):
+    """A group is one SLURM job; the number of jobs in the queue and the rate of submission are limited."""
     folder, _ = finished
     (folder / "many").mkdir()
     tar = write_tar(folder / "many/00000.tar", [make_sample(n) for n in range(2)])
     for number in range(1, PARTS):
         shutil.copyfile(tar, folder / f"many/{number:05d}.tar")
     (folder / "configs/data/many.yaml").write_text(f"shards: {{path: 'many/*.tar', parts: {PARTS}}}")
-    edit_profile(folder, **{"jobs": IN_FLIGHT, "max-jobs-per-timespan": "1/3s"})
+    limits = {"jobs": IN_FLIGHT, "max-jobs-per-timespan": "1/3s", "group-components": {"index": IN_A_GROUP}}
+    edit_profile(folder, **limits)
     target = "results/data/many/train/shards/manifest.json"
     before = {row.id for row in ended(folder)}
     with snakemake(folder, "--", target) as call:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from cluster import (
     edit_resources,
     ended,
     executable,
+    running,
     slurm,
     snakemake,
     state,
@@ -26,10 +28,23 @@ from conftest import as_if_nothing_had_happened, frozen, saved, stage_folder, wr
 pytestmark = pytest.mark.timeout(600)
 
 
+def status(folder: Path, run: str) -> str:
+    return command("python", "workflow/scripts/status.py", f"run={run}", folder=folder)
+
+
 def test_two_nodes_learn_what_torchrun_learns(ready, undisturbed):
+    """Meanwhile `make status` shows the job, while it waits and while it runs."""
     write_run(ready, "plain")
     with snakemake(ready, "--config", "run=plain", "--", "stages") as call:
+        (job,) = wait_for(lambda: running(ready, "plain"), "the job to be submitted", 60, call.said)
+        shown = status(ready, "plain")
+        assert job.id in shown and "train" in shown and "stage1" in shown
+        wait_for(lambda: (stage_folder(ready, "plain") / "log.jsonl").exists(), "the training to begin", 100, call.said)
+        assert job.log.exists()
+        shown = status(ready, "plain")
+        assert "RUNNING" in shown and str(job.log.relative_to(ready)) in shown and "training" in shown
         call.succeeds()
+    assert "480 of 480 images" in status(ready, "plain")
     as_if_nothing_had_happened(ready, "plain", undisturbed)
     assert ended(ready, "train")[-1].nodes == 2
 

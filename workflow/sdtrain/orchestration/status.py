@@ -44,8 +44,7 @@ def describe(plan: Plan, jobs: list[slurm.Job], problem: str, now: float) -> lis
     lines += ["data", *describe_data(plan), "components", *describe_components(plan)]
     for name in plan.load_run(plan.run).stages:
         lines += ["", *describe_stage(read_stage(plan, name, jobs), now)]
-    number = "unknown" if problem else len(jobs) or "none"
-    lines += ["", f"SLURM jobs of this folder: {number}"]
+    lines += ["", f"SLURM jobs of this folder: {'unknown' if problem else len(jobs) or 'none'}"]
     return [*lines, *textwrap.wrap(problem, WIDTH, initial_indent="  ", subsequent_indent="  "), *describe_jobs(jobs)]
 
 
@@ -81,10 +80,10 @@ def describe_components(plan: Plan) -> list[str]:
         records |= {*plan.components_of(plan.load_stage(plan.run, stage).model)}
     if run.data and (text := plan.text_record(SimpleNamespace(dataset=run.data))):
         records.add(str(text))
-    names: dict[str, list[str]] = {"present": [], "missing": []}
-    for record in sorted(records):
-        names["present" if os.path.exists(record) else "missing"].append(Path(record).stem)
-    return table([[word, ", ".join(found)] for word, found in names.items() if found], "  ")
+    present = {Path(record).stem for record in records if os.path.exists(record)}
+    missing = {Path(record).stem for record in records} - present
+    found = {"present": present, "missing": missing}
+    return table([[word, ", ".join(sorted(names))] for word, names in found.items() if names], "  ")
 
 
 # ---------------------------------------------------------------- the files of a stage
@@ -247,8 +246,7 @@ def _trainer_facts(stage: Stage, state: str, now: float) -> list[str]:
     """Return the last checkpoint, and who trains or where the log of a stopped training is."""
     facts = []
     if stage.checkpoint:
-        written, images = stage.checkpoint
-        facts.append(f"checkpoint at {images:,} images, {duration(now - written)} old")
+        facts.append(f"checkpoint at {stage.checkpoint[1]:,} images, {duration(now - stage.checkpoint[0])} old")
     if stage.locked:
         facts.append(cut(stage.owner, 80) or "trained by an unknown process")
     milestone = next(m for m, record in stage.records("train").items() if record is None)
@@ -277,7 +275,7 @@ def describe_milestones(stage: Stage) -> list[str]:
     ]
     for name in stage.metrics:
         records = stage.records(name)
-        titles = [record["metric"] for record in records.values() if record and isinstance(record.get("metric"), str)]
+        titles = [str(record["metric"]) for record in records.values() if record and "metric" in record]
         title = cut(titles[-1].partition(" (")[0], 30) if titles else name.replace("_", " ")  # without its network
         columns.append([title, *(value_text(records[m], "value", ",.1f") for m in stage.milestones)])
     return table([list(row) for row in zip(*columns, strict=True)], "    ", str.rjust)
@@ -298,9 +296,9 @@ def describe_jobs(jobs: list[slurm.Job]) -> list[str]:
     for job in jobs:
         name = " ".join(word for word in (job.rule, job.wildcards) if word) or "(not of Snakemake)"
         rows.append(["", job.id, cut(name, 40), job.state, f"{job.elapsed} / {job.limit}", job.nodes])
-    head, *lines = table(rows, "") or [""]
-    shown = [head] if jobs else []
-    for line, job in zip(lines, jobs, strict=True):
+    lines = table(rows, "")
+    shown = lines[:1]
+    for line, job in zip(lines[1:], jobs, strict=True):
         waits = job.state == "PENDING"
         start = f"start expected {job.started:%Y-%m-%d %H:%M}" if waits and job.started else ""
         notes = [note for note in (cut(job.reason, WIDTH - 6), start, "" if waits else str(job.log or "")) if note]

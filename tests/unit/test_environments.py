@@ -114,7 +114,8 @@ def third_party_imports(path: Path) -> set[str]:
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.partition(".")[0])
-    return names - set(sys.stdlib_module_names) - {"sdtrain"}
+    own = {entry.stem for entry in (ROOT / "workflow").iterdir()}
+    return names - set(sys.stdlib_module_names) - own
 
 
 def test_every_import_of_the_library_and_the_scripts_is_a_direct_dependency():

@@ -45,7 +45,8 @@ def describe(plan: Plan, jobs: list[slurm.Job], problem: str, now: float) -> lis
     for name in plan.load_run(plan.run).stages:
         lines += ["", *describe_stage(read_stage(plan, name, jobs), now)]
     lines += ["", f"SLURM jobs of this folder: {'unknown' if problem else len(jobs) or 'none'}"]
-    return [*lines, *textwrap.wrap(problem, WIDTH, initial_indent="  ", subsequent_indent="  "), *describe_jobs(jobs)]
+    lines += [f"  {line}" for line in textwrap.wrap(problem, WIDTH - 2)]
+    return lines + describe_jobs(jobs)
 
 
 # ---------------------------------------------------------------- data and components
@@ -127,8 +128,7 @@ class Stage:
     @property
     def measured(self) -> list[dict[str, Any]]:
         """The last log entries with a speed."""
-        speeds = [e for e in self.log if isinstance(e.get("images_per_second"), int | float)]
-        return [entry for entry in speeds if entry["images_per_second"] > 0][-RECENT:]
+        return [entry for entry in self.log if entry.get("images_per_second", 0) > 0][-RECENT:]
 
     @property
     def speed(self) -> float:
@@ -225,8 +225,7 @@ def _running_state(stage: Stage, job: slurm.Job | None, now: float) -> str:
 def describe_stage(stage: Stage, now: float) -> list[str]:
     """Return progress, speed, expected end, problems, and the table of milestones."""
     state, total, measured = state_of(stage, now), stage.milestones[-1], stage.measured
-    percent = min(100, 100 * stage.images // max(1, total))
-    facts = [state, f"{stage.images:,} of {total:,} images ({percent} %)"]
+    facts = [state, f"{stage.images:,} of {total:,} images ({min(100, 100 * stage.images // max(1, total))} %)"]
     if measured:
         each, loss = (measured[-1].get(key) for key in ("images_per_second_per_gpu", "loss"))
         share = each / measured[-1]["images_per_second"] if isinstance(each, int | float) else 1

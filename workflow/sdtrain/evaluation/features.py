@@ -1,4 +1,4 @@
-"""What the evaluation's steps share: features of shards and of generated images, and the records they pass on."""
+"""Features of dataset images and of generated images, and the records that evaluation steps exchange."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PAIRED = 5000  # images a side of a kernel distance at most: it holds every pair
 
 
 class EvaluationError(SDTrainError, ValueError):
-    """An evaluation that cannot go on; the message names the file and the remedy."""
+    """An evaluation that cannot continue."""
 
 
 # ---------------------------------------------------------------- images -> features
 def dataset_features(network: Network, dataset: ImageDataset, count: int, label: str) -> tuple[torch.Tensor, list[str]]:
-    """Features N x D and captions of `count` different images of a dataset (all, where it has fewer).
+    """Return features N x D and captions of `count` different images of a dataset, or of all if it has fewer.
 
-    Which ones follows from the dataset's seed. Undecodable images are left out with a warning.
+    The dataset's seed determines the images. Undecodable images are skipped with a warning.
     """
     count, captions = min(count, len(dataset)), []
 
@@ -54,12 +54,12 @@ def dataset_features(network: Network, dataset: ImageDataset, count: int, label:
 
 
 def sample_features(network: Network, samples: dict, label: str) -> torch.Tensor:
-    """Features N x D of generated images in the order of their prompts; `samples` as `read_samples` returns them."""
+    """Return features N x D of generated images in the order of their prompts; `samples` is from `read_samples`."""
     return embed(network, sample_images(samples), samples["images"], label)
 
 
 def embed(network: Network, images: Iterator[torch.Tensor], total: int, label: str) -> torch.Tensor:
-    """float32 features N x D of uint8 images 3 x H x W, in batches, with a progress bar."""
+    """Return float32 features N x D of uint8 images 3 x H x W, computed in batches with a progress bar."""
     # on a CPU, memory for larger activations costs more than it saves
     size = 4 if distributed.only_device().type == "cpu" else 64
     parts, every = [], 1 if sys.stderr.isatty() else 10  # seconds between the bar's updates: few in a log
@@ -73,13 +73,13 @@ def embed(network: Network, images: Iterator[torch.Tensor], total: int, label: s
 
 
 def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """`features.kernel_distance` of the first PAIRED rows of each; being unbiased, it only grows noisier by that."""
+    """Return the kernel distance of the first PAIRED rows of each; it is unbiased, so fewer rows only add noise."""
     return feature_networks.kernel_distance(x[:PAIRED], y[:PAIRED])
 
 
 # ---------------------------------------------------------------- generated images
 def read_samples(path: str | Path) -> dict:
-    """The record of generated images: images, prompts, folder, resolution and more. Raises EvaluationError."""
+    """Return the record of generated images: images, prompts, folder, resolution and more. Raise EvaluationError."""
     record = read_record(path, "images", "prompts", "folder", "resolution")
     if len(record["prompts"]) != record["images"]:
         raise EvaluationError(f"{path}: {record['images']} images and {len(record['prompts'])} prompts; {remake(path)}")
@@ -87,7 +87,7 @@ def read_samples(path: str | Path) -> dict:
 
 
 def sample_images(samples: dict) -> Iterator[torch.Tensor]:
-    """The generated PNGs, uint8 3 x R x R; raises EvaluationError for one missing, broken or of another size."""
+    """Yield the generated images, uint8 3 x R x R. Raise EvaluationError if one is missing or wrong."""
     resolution = samples["resolution"]
     for i in range(samples["images"]):
         path = Path(samples["folder"], f"{i:05d}.png")
@@ -110,11 +110,10 @@ def caption_scores(
     captions: list[str],
     seed: int,
 ) -> dict[str, float]:
-    """Mean score of images (N x D) with their captions, and of the same images with other images' captions.
+    """Return the mean score of images (N x D) with their own captions, and with captions of other images.
 
-    `score` maps N x D and N x E to N. `shuffled` is the mean over SHUFFLES permutations and `shuffled_standard_error`
-    the error of that mean; `difference` is by how much an image's own caption scores more, and its error the one
-    from having N images only.
+    `score` maps N x D and N x E to N. `shuffled` is the mean over SHUFFLES permutations, `shuffled_standard_error` its
+    standard error. `difference` is the mean advantage of an image's own caption; its error is that of N images.
     """
     matched = score(images, texts).double()
     orders = [shuffle(captions, seed + i) for i in range(SHUFFLES)]
@@ -130,10 +129,10 @@ def caption_scores(
 
 
 def shuffle(captions: list[str], seed: int) -> torch.Tensor:
-    """A random permutation, int64 N, that gives no image a caption equal to its own.
+    """Return a random permutation, int64 N, that gives no image a caption equal to its own.
 
-    Images stand in random order, those of equal captions side by side; each takes the caption that lies as many
-    places on as the most frequent caption has images. Raises EvaluationError where one caption has more than half.
+    Images are put in random order, grouped by caption. Each takes the caption k places later, where k is the number of
+    images of the most frequent caption. Raise EvaluationError if more than half of the images have the same caption.
     """
     counts = Counter(captions)
     most = max(counts.values(), default=0)
@@ -150,13 +149,13 @@ def shuffle(captions: list[str], seed: int) -> torch.Tensor:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Standard error of the mean of N values; N >= 2."""
+    """Return the standard error of the mean of N values, N >= 2."""
     return (values.std() / len(values) ** 0.5).item()
 
 
 # ---------------------------------------------------------------- records
 def read_record(path: str | Path, *keys: str) -> dict:
-    """A step's JSON record, which must have `keys`; raises EvaluationError or ConfigError."""
+    """Return the JSON record of a step. Raise EvaluationError if one of `keys` is missing."""
     record = read_json(path)
     absent = [key for key in keys if not isinstance(record, dict) or key not in record]
     if absent:
@@ -165,19 +164,19 @@ def read_record(path: str | Path, *keys: str) -> dict:
 
 
 def positive(text: str, key: str) -> int:
-    """A command's argument as a positive whole number; raises EvaluationError."""
+    """Return a command's argument as a positive whole number. Raise EvaluationError if it is not one."""
     if not (text.isascii() and text.isdigit() and int(text)):
         raise EvaluationError(f"{key}={text}: a positive whole number is expected")
     return int(text)
 
 
 def remake(path: str | Path) -> str:
-    """How to make a result again."""
+    """Return the remedy of an error: how to make a result again."""
     return f"make it again: snakemake --force {path}"
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
-    """A safetensors file with `about` as its metadata, whole or not at all."""
+    """Write a safetensors file atomically, with `about` as its metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -186,7 +185,7 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], about: dict
 
 
 def load_tensors(path: str | Path, *keys: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors named `keys` (all without any) and the metadata of a safetensors file; raises EvaluationError."""
+    """Return the tensors `keys` (by default all) and the metadata of a safetensors file. Raise EvaluationError."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in keys or file.keys()}, file.metadata() or {}

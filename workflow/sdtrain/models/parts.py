@@ -1,4 +1,4 @@
-"""Factory: VAE, text encoder, tokenizer, scheduler, UNet from `pretrained` or `target` + `params`; attention choice."""
+"""Build model components (VAE, text encoder, tokenizer, scheduler, UNet) from `pretrained` or `target` and `params`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ KERNELS = {
 
 
 class ModelError(SDTrainError, ValueError):
-    """A model that cannot be built; the message names the key and the remedy."""
+    """A model that cannot be built."""
 
 
 @dataclass
 class Parts:
-    """The parts of a latent diffusion model; `folders` says which local folder a frozen part came from."""
+    """The components of a latent diffusion model; `folders` maps frozen components to their local folders."""
 
     vae: nn.Module
     text_encoder: nn.Module
@@ -47,22 +47,21 @@ class Parts:
     folders: dict[str, Path] = field(default_factory=dict)
 
     def named(self) -> dict[str, object]:
-        """The frozen parts by the names that a diffusers pipeline gives them."""
+        """Return the frozen components by their names in a diffusers pipeline."""
         return {name: getattr(self, name) for name in PARTS}
 
     def to(self, device: torch.device) -> Parts:
-        """Move the networks."""
+        """Move the networks to a device."""
         for module in (self.vae, self.text_encoder, self.unet):
             module.to(device)
         return self
 
 
 def load_parts(model) -> Parts:
-    """Build every part of a stage's `model` section; the frozen ones are in eval mode and need no gradient.
+    """Build all components of a stage's `model` section; the frozen ones are in eval mode and without gradients.
 
-    A part's own `pretrained` or `target` comes before `model.pretrained`, the whole pipeline. Raises ModelError naming
-    the key of a part that is not declared, not there or does not fit the others. Local folders are read from disk
-    alone.
+    A component's `pretrained` or `target` takes precedence over `model.pretrained`, a whole pipeline. Raise ModelError
+    if a component is not declared, does not exist or does not fit the others. Local folders need no network access.
     """
     built = {name: load_part(name, model) for name in (*PARTS, "unet")}
     folders = {}
@@ -76,10 +75,10 @@ def load_parts(model) -> Parts:
 
 
 def load_part(name: str, model):
-    """Build one part of a `model` section; a VAE or text encoder comes frozen.
+    """Build one component of a `model` section; a VAE or text encoder is frozen.
 
-    A text encoder is any encoder of transformers that has `last_hidden_state` first: CLIP's, BERT and its kin, T5's.
-    A pretrained scheduler keeps its configuration under the section's own `params`, and under its `target`.
+    A text encoder is any encoder of transformers whose first output is `last_hidden_state`: CLIP, BERT-like, T5. The
+    `params` and `target` of the section override the configuration of a pretrained scheduler.
     """
     part, source = model[name], _source(name, model)
     if source:
@@ -99,12 +98,12 @@ def load_part(name: str, model):
 
 
 def _source(name: str, model) -> str | None:
-    """The folder or hub address of a part: its own, else the whole pipeline's unless a target is declared."""
+    """Return the folder or hub address of a component: its own, else the whole pipeline's; None if it has a target."""
     return model[name].pretrained or (None if model[name].target else model.pretrained)
 
 
 def check_fit(parts: Parts) -> None:
-    """Refuse parts whose shapes do not fit each other."""
+    """Raise ModelError if the shapes of the components do not fit each other."""
     unet, width, channels = parts.unet.config, parts.text_encoder.config.hidden_size, parts.vae.config.latent_channels
     if "cross_attention_dim" not in unet:
         raise ModelError(f"model.unet.target: {type(parts.unet).__name__} takes no captions; UNet2DConditionModel does")
@@ -120,9 +119,9 @@ def check_fit(parts: Parts) -> None:
 
 
 def check_resolution(parts: Parts, resolution: int) -> int:
-    """The side of the latents of images of `resolution` pixels a side; an exported pipeline draws that size by default.
+    """Return the side of the latents of square images; an exported pipeline generates that size by default.
 
-    Raises ModelError for a resolution that the VAE's and the UNet's halvings do not divide.
+    Raise ModelError if the downsampling factors of the VAE and the UNet do not divide `resolution`, in pixels.
     """
     vae, unet = (2 ** (len(net.config.block_out_channels) - 1) for net in (parts.vae, parts.unet))
     step = vae * unet
@@ -140,16 +139,16 @@ def check_resolution(parts: Parts, resolution: int) -> int:
 
 
 def check_length(tokenizer, text_encoder: nn.Module) -> None:
-    """Refuse a tokenizer that pads captions to more tokens than the text encoder takes, or without end."""
+    """Raise ModelError if the tokenizer pads captions to more tokens than the text encoder takes, or without limit."""
     length, limit = tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None)
-    if length > (limit or 10_000):  # where tokenizer_config.json says nothing, it is 10^30; T5 knows no limit
+    if length > (limit or 10_000):  # without an entry in tokenizer_config.json it is 10^30; T5 has no limit
         takes = f", the text encoder takes {limit}" if limit else ""
         remedy = f"set model_max_length to {limit or 512} at most in its tokenizer_config.json"
         raise ModelError(f"model.tokenizer: pads captions to {length} tokens{takes}; {remedy}")
 
 
 def _subfolder(source: str, name: str) -> tuple[str, str | None]:
-    """Where a part lies: in its subfolder of a pipeline, or at the root of its own folder."""
+    """Return the folder of a component and its subfolder there: None if it is at the root of its own folder."""
     if not Path(source).is_dir():  # a hub address: a pipeline's, by its usual layout
         if source.startswith((".", "/")) or source.count("/") != 1:
             raise ModelError(
@@ -181,7 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _text_encoder_class(source: str, where: dict):
-    """The encoder half of a model that has two (CLIP, T5), else what the folder's configuration names."""
+    """Return the class of the encoder if the model has a second half (CLIP, T5), else the configured class."""
     found = transformers.AutoConfig.from_pretrained(source, **where)
     if found.model_type == "clip":
         return transformers.CLIPTextModel
@@ -200,7 +199,7 @@ def _from_target(name: str, part):
 
 
 def _changed_scheduler(scheduler, part):
-    """A pretrained scheduler with the class and the parameters that its section sets."""
+    """Return a pretrained scheduler with the class and the parameters of its section."""
     cls = _target_class("scheduler", part.target) if part.target else type(scheduler)
     params = OmegaConf.to_container(part.params, resolve=True)
     if unknown := sorted(params.keys() - inspect.signature(cls).parameters.keys()):
@@ -219,7 +218,7 @@ def _target_class(name: str, target: str) -> type:
 
 @contextlib.contextmanager
 def _refusals(name: str, cls: type):
-    """Turn whatever a class raises at its arguments into a ModelError that names the key."""
+    """Convert the errors that a class raises for its arguments to a ModelError that names the key."""
     try:
         yield
     except ModelError:
@@ -229,7 +228,7 @@ def _refusals(name: str, cls: type):
 
 
 def _check_divisors(name: str, cls: type, params: dict) -> None:
-    """Refuse groups and attention heads that do not divide the channels of their level."""
+    """Raise ModelError if groups or attention heads do not divide the channels of their level."""
     values = {key: p.default for key, p in inspect.signature(cls).parameters.items()} | params
     channels, groups = values.get("block_out_channels"), values.get("norm_num_groups")
     if channels and groups is not None and (groups < 1 or any(c % groups for c in channels)):
@@ -240,9 +239,10 @@ def _check_divisors(name: str, cls: type, params: dict) -> None:
 
 
 def _check_heads(unet: dict) -> None:
-    """diffusers' `attention_head_dim` is the number of heads of a level: of its blocks on the way down and up, and of
+    """Raise ModelError if the number of heads does not divide the width of a level with attention.
 
-    the middle one, which is as wide as the last. Where they leave a rest, it would build narrower attention, silently.
+    In diffusers, `attention_head_dim` is the number of heads of a level: of its down and up blocks, and of the middle
+    block, which is as wide as the last level. With a remainder, diffusers silently builds narrower attention.
     """
     channels, key = unet["block_out_channels"], "model.unet.params.attention_head_dim"
     levels = [set(kinds) for kinds in zip(unet["down_block_types"], reversed(unet["up_block_types"]), strict=False)]
@@ -267,10 +267,10 @@ def _divisors(number: int) -> str:
 
 
 def load_weights(unet: nn.Module, folder: str | Path, key: str, which: str = "ema") -> None:
-    """Give `unet` the weights of the one in a pipeline folder, or in its own.
+    """Load the weights of a UNet from a pipeline folder or from a UNet folder into `unet`.
 
-    `which` of two: "ema", what the pipeline samples with, or "raw". A pipeline trained without an average has no
-    `unet_raw`, for its `unet` is that. Raises ModelError, naming `key`, where they do not fit.
+    `which` is "ema", the weights that the pipeline samples with, or "raw". A pipeline that was trained without EMA has
+    no `unet_raw`; its `unet` has the raw weights. Raise ModelError, which names `key`, if the weights do not fit.
     """
     if not Path(folder).is_dir():
         raise ModelError(f"{key}: {folder}: no such folder")
@@ -286,9 +286,9 @@ def load_weights(unet: nn.Module, folder: str | Path, key: str, which: str = "em
 def set_attention(
     unet: nn.Module, xformers: bool, attention: str | None, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Use xformers' attention where asked for and possible, torch's otherwise; try the kernel of torch's that is named.
+    """Use the attention of xformers if requested, otherwise torch's, and test the named kernel of torch.
 
-    `dtype` is that of the training's matrix products. Raises ModelError for what cannot run here.
+    `dtype` is that of the training's matrix products. Raise ModelError if the attention cannot run on this machine.
     """
     if xformers and attention:
         raise ModelError(
@@ -303,17 +303,17 @@ def set_attention(
 
 
 def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
-    """A context in which torch's attention is computed by one kernel: flash (Dao et al. 2022, arXiv 2205.14135),
+    """Return a reusable context in which torch computes attention with one kernel, or with its default without a name.
 
-    efficient (Rabe & Staats 2021, arXiv 2112.05682), cudnn or math; torch's own choice without a name. It may be
-    entered many times. It is meant for the forward and backward of the UNet (checkpointing computes the forward again
-    in the backward), and for nothing else: not every kernel takes the wide heads of a VAE or a text encoder's mask.
+    Kernels: flash (Dao et al. 2022, arXiv 2205.14135), efficient (Rabe & Staats 2021, arXiv 2112.05682), cudnn, math.
+    Use it for the forward and backward pass of the UNet only (checkpointing repeats the forward in the backward): some
+    kernels support neither the wide heads of a VAE nor the mask of a text encoder.
     """
     return _Kernel(KERNELS[name]) if name else contextlib.nullcontext()
 
 
 class _Kernel:
-    """torch's `sdpa_kernel`, which can be entered only once, made anew each time."""
+    """A reusable context: it creates a new `sdpa_kernel` of torch, which can be entered only once, at each entry."""
 
     def __init__(self, backend: SDPBackend):
         self.backend = backend
@@ -327,7 +327,7 @@ class _Kernel:
 
 
 def _try_kernel(unet: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """One small forward and backward at each width of the UNet's heads."""
+    """Run a small forward and backward pass for each head width of the UNet."""
     for width in sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}):
         x = torch.ones(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
         try:
@@ -349,9 +349,9 @@ def _use_xformers(unet: nn.Module) -> None:
 
 
 class TextEncoding:
-    """Captions -> states of the frozen text encoder, as StableDiffusionPipeline computes them.
+    """Map captions to the states of the frozen text encoder, as StableDiffusionPipeline computes them.
 
-    Captions seen before come from a cache of `cache` entries: small datasets encode each caption once.
+    The states of the last `cache` captions are cached, so that small datasets encode each caption once.
     """
 
     def __init__(self, tokenizer, encoder: nn.Module, device: torch.device, cache: int = 2048):
@@ -360,7 +360,7 @@ class TextEncoding:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> torch.Tensor:
-        """States float32 N x tokens x width."""
+        """Return the states, float32 N x tokens x width."""
         unknown = sorted({c for c in captions if c not in self._known})
         if unknown:
             fresh = dict(zip(unknown, self._encode(unknown), strict=True))
@@ -385,9 +385,9 @@ class TextEncoding:
 
 
 def encode_images(vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Scaled float32 latents N x C x h x w of images N x 3 x H x W in [-1, 1]: the posterior's mean, or, with standard
+    """Return the scaled latents, float32 N x C x h x w, of images N x 3 x H x W in [-1, 1].
 
-    normal `noise` of the latents' shape, the sample mean + deviation * noise.
+    They are the mean of the posterior or, with standard normal `noise` of their shape, mean + deviation * noise.
     """
     mean, deviation = encode_moments(vae, pixels)
     return mean if noise is None else mean + deviation * noise
@@ -395,7 +395,7 @@ def encode_images(vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | No
 
 @torch.no_grad()
 def encode_moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the posterior of images N x 3 x H x W in [-1, 1], both float32 and scaled."""
+    """Return mean and deviation of the posterior of images N x 3 x H x W in [-1, 1], both float32 and scaled."""
     posterior = vae.encode(pixels).latent_dist
     mean = (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     return mean, posterior.std.float() * vae.config.scaling_factor

@@ -1,4 +1,4 @@
-"""Prompts -> images by StableDiffusionPipeline, one seed a prompt; grids of images."""
+"""Load, build and export StableDiffusionPipelines; generate images and arrange them in grids."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from PIL import Image
 from sdtrain.io.files import atomic_folder, relative_target, write_text
 from sdtrain.models.parts import Parts
 
-# A pipeline's parts are read in a blink; that a text encoder is no CLIP, or torchvision is not here, harms nothing
+# Loading is fast, and the warnings (a text encoder that is not CLIP, no torchvision) are harmless
 for library in (transformers, diffusers):
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
-# 40 lines on that the pipeline will use steps_offset 1 and clip_sample false, which it does with or without them
+# a warning of 40 lines about steps_offset 1 and clip_sample false, which the pipeline sets in any case
 SCHEDULER_CHANGED = r"The configuration file of this scheduler"
 
 
 def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> diffusers.StableDiffusionPipeline:
-    """A pipeline folder, from disk alone, without its own progress bar."""
+    """Load a pipeline from a local folder, without network access and without its progress bar."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", SCHEDULER_CHANGED, FutureWarning)
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None)
@@ -35,10 +35,9 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> dif
 
 
 def pipeline_of(parts, unet) -> diffusers.StableDiffusionPipeline:
-    """The pipeline that `load_pipeline` makes of an exported folder, in memory: `parts`' vae, text_encoder and
+    """Return a pipeline of networks in memory, equal to the one that `load_pipeline` loads from an exported folder.
 
-    tokenizer as they are, `unet`, which should be in eval mode, and a copy of the scheduler, since a pipeline changes
-    its scheduler's configuration and sampling its state.
+    `unet` should be in eval mode. The scheduler is copied: a pipeline changes its configuration, sampling its state.
     """
     networks = {name: getattr(parts, name) for name in ("vae", "text_encoder", "tokenizer")}
     scheduler = type(parts.scheduler).from_config(parts.scheduler.config)
@@ -53,9 +52,10 @@ def pipeline_of(parts, unet) -> diffusers.StableDiffusionPipeline:
 def generate(
     pipe, prompts: list[str], resolution: int, *, guidance_scale: float, steps: int, seed: int, batch_size: int
 ) -> Iterator[Image.Image]:
-    """One RGB image of `resolution` pixels a side for each prompt, by classifier-free guidance (Ho & Salimans 2022,
+    """Yield a square RGB image of `resolution` pixels for each prompt.
 
-    arXiv 2207.12598). Image i starts from the noise of seed `seed + i`, whatever the batch size.
+    Sampling uses classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). Image i starts from the noise of seed
+    `seed + i` for any batch size.
     """
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
@@ -71,7 +71,7 @@ def generate(
 
 
 def grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """The images side by side on white, row by row, nearly square by default."""
+    """Return the images in rows on a white background, nearly square by default."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")

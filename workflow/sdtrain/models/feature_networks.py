@@ -1,7 +1,7 @@
-"""Image and text features from frozen networks, and what is measured with them: Frechet and kernel distance, CLIPScore.
+"""Features of images and texts from frozen networks, and metrics of them: Frechet and kernel distance, CLIPScore.
 
-Images are uint8 tensors N x 3 x H x W in 0..255 throughout. A metric carries the name of its network: only Inception's
-Frechet distance is FID, only a CLIP model's score is CLIPScore.
+Images are uint8 tensors N x 3 x H x W in 0..255. A metric is named after its network: only the Frechet distance of
+Inception features is FID, and only the score of a CLIP model is CLIPScore.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ EFFICIENTNET = "efficientnet-lite0-*.pth"
 
 
 class FeatureError(SDTrainError, ValueError):
-    """Features that cannot be computed or compared; the message names the folder or the shapes, and the remedy."""
+    """Features that cannot be computed or compared."""
 
 
 # ---------------------------------------------------------------- image features
 @dataclass(frozen=True)
 class ImageFeatures:
-    """A frozen image network: call it with images, get float32 features N x `dim` on the CPU.
+    """A frozen image network, which maps images to float32 features N x `dim` on the CPU.
 
-    `name` is the network's, `metric` what a Frechet distance between its features is called. `forward` takes images on
+    `name` is the name of the network, `metric` that of the Frechet distance of its features. `forward` takes images on
     the network's device, uint8 or float32 in 0..255.
     """
 
@@ -44,7 +44,7 @@ class ImageFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of uint8 images N x 3 x H x W. Raises FeatureError for another shape or type."""
+        """Return the features of uint8 images N x 3 x H x W. Raise FeatureError for another shape or type."""
         features = self.forward(checked(images).to(self.device)).float().cpu()
         if features.shape != (len(images), self.dim):
             raise FeatureError(f"{self.name}: features are {tuple(features.shape)}, expected {(len(images), self.dim)}")
@@ -54,9 +54,9 @@ class ImageFeatures:
 def image_features(
     folder: str | Path, device: str | torch.device = "cpu", key: str = "evaluation.features"
 ) -> ImageFeatures:
-    """The image network that a component folder holds: FID's Inception, EfficientNet-Lite0 or a CLIP model.
+    """Load the image network of a component folder: the Inception of FID, EfficientNet-Lite0 or a CLIP model.
 
-    Raises FeatureError where the folder holds none of them, naming what would have been one, and `key`, which named it.
+    Raise FeatureError if the folder contains none of them; the message names `key` and the expected files.
     """
     folder, device = Path(folder), torch.device(device)
     if (folder / INCEPTION).is_file():
@@ -75,10 +75,10 @@ def image_features(
 
 
 def perceptual_distance(folder: str | Path, device: str | torch.device = "cpu") -> Callable[..., torch.Tensor]:
-    """A function of two batches of float32 images N x 3 x H x W in 0..255: 1 - cos of their features, N in [0, 2].
+    """Return a function of two float32 batches N x 3 x H x W in 0..255: 1 - cos of their features, N in [0, 2].
 
-    Half the squared distance of features of unit length, as Zhang et al. 2018 (arXiv 1801.03924) compare those of
-    single layers. The network is frozen, gradients pass through it to the images; FeatureError where they cannot.
+    It is half the squared distance of unit features, as Zhang et al. 2018 (arXiv 1801.03924) compare those of single
+    layers. The network is frozen, and gradients flow to the images. Raise FeatureError if the network has no gradient.
     """
     network = image_features(folder, device, "loss.perceptual_network")
     probe = torch.linspace(0, 255, 3 * 64 * 64, device=device).view(1, 3, 64, 64).requires_grad_()
@@ -95,7 +95,7 @@ def perceptual_distance(folder: str | Path, device: str | torch.device = "cpu") 
 
 
 def inception(path: Path, device: torch.device) -> ImageFeatures:
-    """FID's network (Heusel et al. 2017) as NVlabs' TorchScript file, which resizes and scales uint8 images itself."""
+    """Load the network of FID (Heusel et al. 2017) from NVlabs' TorchScript file, which resizes and scales images."""
     try:
         network = torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
@@ -106,7 +106,7 @@ def inception(path: Path, device: torch.device) -> ImageFeatures:
 
 
 def efficientnet_lite0(path: Path, device: torch.device) -> ImageFeatures:
-    """EfficientNet-Lite0 without its classifier: images at 224 x 224, (x - 127) / 128, mean over the last 7 x 7 map."""
+    """Load EfficientNet-Lite0 without its classifier: 224 x 224, (x - 127) / 128, mean over the last 7 x 7 map."""
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
@@ -124,7 +124,7 @@ def efficientnet_lite0(path: Path, device: torch.device) -> ImageFeatures:
 
 
 def checked(images: torch.Tensor) -> torch.Tensor:
-    """The images, or a FeatureError where they are not uint8 N x 3 x H x W."""
+    """Return the images. Raise FeatureError if they are not uint8 N x 3 x H x W."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise FeatureError(f"images are {images.dtype} {tuple(images.shape)}, expected torch.uint8 (N, 3, H, W)")
     return images
@@ -132,7 +132,7 @@ def checked(images: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- distances between sets of features
 def statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean D and covariance D x D (n - 1 in the denominator), float64, of features N x D; N >= 2."""
+    """Return mean D and covariance D x D (n - 1 in the denominator), float64, of features N x D, N >= 2."""
     if features.ndim != 2 or len(features) < 2:
         raise FeatureError(f"features are {tuple(features.shape)}: a covariance needs at least 2 rows (N, D)")
     if not torch.isfinite(features).all():
@@ -142,11 +142,11 @@ def statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); >= 0.
+    """Return the squared 2-Wasserstein distance of two Gaussians, |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) >= 0.
 
-    Dowson and Landau (1982); FID is this of Inception features (Heusel et al. 2017). The trace of the root is the sum
-    of root eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), which stays real where fewer images than features
-    leave the covariances singular.
+    See Dowson and Landau (1982); FID is this distance of Inception features (Heusel et al. 2017). The trace of the root
+    is the sum of the root eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), which are real even if the covariances are
+    singular because there are fewer images than features.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(t).double() for t in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
@@ -160,9 +160,9 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
 
 
 def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Unbiased squared MMD of features N x D and M x D with the kernel (a.b / D + 1)^3; may fall below 0.
+    """Return the unbiased squared MMD of features N x D and M x D with the kernel (a.b / D + 1)^3; it may be negative.
 
-    The KID of Binkowski et al. (2018), over all pairs at once: its expectation does not depend on N and M.
+    This is the KID of Binkowski et al. (2018) over all pairs; its expectation does not depend on N and M.
     """
     if x.shape[1:] != y.shape[1:] or min(len(x), len(y)) < 2:
         raise FeatureError(f"features {tuple(x.shape)} and {tuple(y.shape)}: same width and at least 2 rows expected")
@@ -181,9 +181,9 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> float:
 # ---------------------------------------------------------------- text, CLIPScore
 @torch.inference_mode()
 def text_embeddings(folder: str | Path, captions: list[str], batch_size: int = 64) -> torch.Tensor:
-    """Unit float32 embeddings N x E of captions: the text encoder's token states, averaged over the real tokens.
+    """Return unit float32 embeddings N x E of captions: the mean of the text encoder's states over the real tokens.
 
-    Sentence-BERT's pooling (Reimers and Gurevych 2019), for an encoder and tokenizer that lie in one folder.
+    This is the pooling of Sentence-BERT (Reimers and Gurevych 2019). Encoder and tokenizer are in one folder.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -203,22 +203,22 @@ def text_embeddings(folder: str | Path, captions: list[str], batch_size: int = 6
 
 
 def clip_score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """100 max(cos, 0) of each pair of rows, N x E and N x E -> N.
+    """Return 100 max(cos, 0) of each pair of rows, N x E and N x E -> N.
 
-    Hessel et al. (2021), with the factor 100 that is usual for text-to-image models in place of their 2.5.
+    See Hessel et al. (2021); the factor 100, usual for text-to-image models, replaces their 2.5.
     """
     return 100 * paired_cosine(image_embeds, text_embeds).clamp(min=0)
 
 
 def paired_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine of row i of `a` with row i of `b`, N x E and N x E -> N."""
+    """Return the cosine of row i of `a` with row i of `b`, N x E and N x E -> N."""
     if a.shape != b.shape:
         raise FeatureError(f"embeddings {tuple(a.shape)} and {tuple(b.shape)}: one caption an image is expected")
     return F.cosine_similarity(a, b, dim=-1)
 
 
 def is_clip(folder: Path) -> bool:
-    """Whether a folder holds a CLIP model."""
+    """Return whether a folder contains a CLIP model."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "clip"
     except (OSError, ValueError, AttributeError):
@@ -226,10 +226,10 @@ def is_clip(folder: Path) -> bool:
 
 
 class ClipScorer:
-    """CLIPScore with a CLIP model's folder: `scorer(images, captions)` -> N scores in 0..100."""
+    """CLIPScore with the CLIP model of a folder: `scorer(images, captions)` returns N scores in 0..100."""
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
-        """Load model and tokenizer; raises FeatureError where the folder does not hold them."""
+        """Load model and tokenizer. Raise FeatureError if the folder does not contain them."""
         from transformers import AutoTokenizer, CLIPModel
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -251,9 +251,9 @@ class ClipScorer:
         self.std = torch.tensor(OPENAI_CLIP_STD, device=self.device).view(3, 1, 1)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """CLIP's preprocessing: shorter side to the model's, bicubic; centre crop; normalised.
+        """Apply CLIP's preprocessing: bicubic resize of the shorter side, center crop, normalization.
 
-        uint8 images stay whole numbers up to there, as files are; float ones, in 0..255, let gradients through.
+        uint8 images are rounded to integers after the resize, like image files; float images in 0..255 keep gradients.
         """
         height, width = images.shape[-2:]
         scale = self.size / min(height, width)
@@ -264,33 +264,33 @@ class ClipScorer:
         return (x[..., top : top + self.size, left : left + self.size] - self.mean) / self.std
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Projected embeddings N x E, not normalised, of images in 0..255 on the model's device."""
+        """Return projected embeddings N x E, not normalized, of images in 0..255 on the model's device."""
         return self.model.get_image_features(self.pixels(images)).pooler_output
 
     @torch.inference_mode()
     def image_embeds(self, images: torch.Tensor) -> torch.Tensor:
-        """Projected image embeddings N x E of uint8 images, not normalised."""
+        """Return projected image embeddings N x E of uint8 images, not normalized."""
         return self.embed(checked(images).to(self.device)).float()
 
     @torch.inference_mode()
     def text_embeds(self, captions: list[str]) -> torch.Tensor:
-        """Projected text embeddings N x E, not normalised; captions are cut at the model's length."""
+        """Return projected text embeddings N x E, not normalized; captions are truncated to the model's length."""
         tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         tokens = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")}
         return self.model.get_text_features(**tokens).pooler_output.float()
 
     def __call__(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """CLIPScore of each image with its caption, N on the CPU."""
+        """Return the CLIPScore of each image with its caption, N on the CPU."""
         return clip_score(self.image_embeds(images), self.text_embeds(captions)).cpu()
 
 
 # ---------------------------------------------------------------- alignment without a CLIP model
 @dataclass(frozen=True)
 class LinearAlignment:
-    """A linear map from image features to text embeddings, in place of a CLIP model where there is none; not CLIPScore.
+    """A linear map from image features to text embeddings, a substitute for a CLIP model; its score is not CLIPScore.
 
-    Ridge regression of centred unit text embeddings on standardised features. Prediction and caption are both compared
-    after taking away the mean caption, so that a caption of nothing in particular, or a shuffled one, scores about 0.
+    It is a ridge regression of centred unit text embeddings on standardized features. The mean caption is subtracted
+    from both prediction and caption, so that an unspecific or a shuffled caption scores about 0.
     """
 
     image_network: str  # such as EfficientNet-Lite0
@@ -303,14 +303,14 @@ class LinearAlignment:
 
     @property
     def name(self) -> str:
-        """What reports call the score."""
+        """Return the name of the score in reports."""
         return f"alignment score ({self.image_network} to {self.text_encoder})"
 
     @classmethod
     def fit(cls, features: torch.Tensor, text: torch.Tensor, image_network: str, text_encoder: str) -> LinearAlignment:
-        """Fit on features N x D and embeddings N x E; the penalty has the least leave-one-out error (closed form).
+        """Fit on features N x D and embeddings N x E, with the penalty of the least leave-one-out error (closed form).
 
-        Hoerl and Kennard (1970); for the leave-one-out residuals r_i / (1 - h_ii) see Hastie et al., The Elements of
+        See Hoerl and Kennard (1970); for the residuals r_i / (1 - h_ii) see Hastie et al., The Elements of
         Statistical Learning, section 7.10.
         """
         if features.ndim != 2 or text.ndim != 2 or len(features) != len(text) or len(features) < 3:
@@ -329,17 +329,17 @@ class LinearAlignment:
         return cls(image_network, text_encoder, *tensors, penalty=penalty)
 
     def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """Predicted caption embeddings less their mean, N x D -> N x E."""
+        """Return the predicted caption embeddings minus their mean, N x D -> N x E."""
         if features.shape[1:] != self.mean.shape:
             raise FeatureError(f"features {tuple(features.shape)}: this alignment was fitted on {len(self.mean)} wide")
         return ((features.float() - self.mean) / self.scale) @ self.weight
 
     def score(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """100 cos of each image's prediction with its caption, N in -100..100, about 0 for unrelated pairs."""
+        """Return 100 cos of each image's prediction with its caption, N in -100..100, about 0 for unrelated pairs."""
         return 100 * paired_cosine(self.predict(features), self.centred(text))
 
     def retrieval(self, features: torch.Tensor, text: torch.Tensor) -> float:
-        """R@1: the share of images whose own caption is the nearest of all N (chance: 1 / N)."""
+        """Return R@1: the fraction of images whose own caption is the nearest of all N (chance: 1 / N)."""
         if len(features) != len(text):
             raise FeatureError(f"{len(features)} images and {len(text)} captions: one caption an image is expected")
         image, text = (F.normalize(t, dim=-1) for t in (self.predict(features), self.centred(text)))
@@ -347,11 +347,11 @@ class LinearAlignment:
         return (similarity.diagonal() >= similarity.max(1).values).float().mean().item()
 
     def centred(self, text: torch.Tensor) -> torch.Tensor:
-        """Unit caption embeddings less their mean over the images of the fit."""
+        """Return unit caption embeddings minus their mean over the images of the fit."""
         return F.normalize(text.float(), dim=-1) - self.text_mean
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -362,7 +362,7 @@ class LinearAlignment:
 
     @classmethod
     def load(cls, path: str | Path) -> LinearAlignment:
-        """Read what `save` wrote; raises FeatureError where the file is something else."""
+        """Read a file that `save` wrote. Raise FeatureError for any other file."""
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
@@ -373,9 +373,9 @@ class LinearAlignment:
 
 
 def leave_one_out(u: torch.Tensor, s: torch.Tensor, target: torch.Tensor, penalty: float) -> float:
-    """Mean squared leave-one-out error of a ridge with a free intercept, from the SVD of its centred inputs.
+    """Return the mean squared leave-one-out error of a ridge with a free intercept, from the SVD of its centred inputs.
 
-    u N x K, s K, centred target N x E; the penalty counts per row.
+    `u` is N x K, `s` K, the centred `target` N x E; the penalty is per row.
     """
     gain = s**2 / (s**2 + penalty * len(u))
     residual = target - u @ (gain[:, None] * (u.T @ target))

@@ -91,3 +91,17 @@ def test_paths_of_the_source_that_a_page_names_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:workflow|tests|configs|profiles|benchmarks|docs)/[\w./-]+)`", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+QUOTED = (  # our own messages that docs/slurm.md explains
+    *("waiting for SLURM jobs of an earlier invocation", "saved ahead of the time limit", "has no launch line"),
+    *("the checkpoint before it is untouched", "another process is training here", "is not on this node"),
+    *("ranks were planned", "is no multiple of", "has lost rank", "which died or hangs", "no progress for"),
+)
+
+
+@pytest.mark.parametrize("words", QUOTED)
+def test_a_message_that_the_slurm_page_explains_is_one_of_the_code(words):
+    assert words in (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
+    files = [file for folder in ("workflow", "profiles") for file in (ROOT / folder).rglob("*.*") if file.is_file()]
+    assert any(words.encode() in file.read_bytes() for file in files if file.suffix in {".py", ".smk", ".sh"})

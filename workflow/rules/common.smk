@@ -63,8 +63,8 @@ onstart:
     if workflow.executor_plugin.name == "slurm":
         if "launch" not in workflow.resource_settings.overwrite_resources.get("train", {}):
             raise WorkflowError(
-                "--set-resources: the rule train has no launch line, for a key given on the command line takes the place of "
-                "the profile's whole key. Write your values into a copy of the profile: cp -r profiles/slurm profiles/mine"
+                "--set-resources: the rule train has no launch line, because a key on the command line replaces the whole "
+                "key of the profile. Put your values into a copy of the profile: cp -r profiles/slurm profiles/mine"
             )
         if ALONE:  # no other invocation runs in this folder, so jobs in the queue are left over from a killed one
             try:

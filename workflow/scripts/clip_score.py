@@ -16,7 +16,7 @@ from sdtrain import distributed
 from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest
-from sdtrain.errors import ConfigError
+from sdtrain.errors import one_line_errors
 from sdtrain.evaluation.features import EvaluationError, caption_scores, load_tensors, read_samples, sample_features
 from sdtrain.io.files import write_json
 from sdtrain.models import feature_networks
@@ -28,10 +28,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     required = dict.fromkeys(("samples", "model", "output"))
     config, own = command_line(argv, schema.EvaluationConfig, __doc__, **required, features="", text="")
-    try:
+    with one_line_errors():
         record = measure(config, own)
-    except (ConfigError, feature_networks.FeatureError, EvaluationError) as error:
-        raise SystemExit(f"error: {error}") from None
     write_json(own["output"], record)
     print(f"{own['output']}: {record['metric']} {record['value']:.1f} matched, {record['shuffled']:.1f} shuffled")
 

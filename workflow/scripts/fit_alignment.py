@@ -12,11 +12,9 @@ from pathlib import Path
 from sdtrain import distributed
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest
-from sdtrain.data import tars
 from sdtrain.data.datasets import ImageDataset
-from sdtrain.data.sources import DataError
+from sdtrain.errors import one_line_errors
 from sdtrain.evaluation.features import (
-    EvaluationError,
     caption_scores,
     dataset_features,
     load_tensors,
@@ -30,10 +28,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("features", "text", "manifest", "held_out", "output")
     _, own = command_line(argv, None, __doc__, **dict.fromkeys(keys), resolution="128")
-    try:
+    with one_line_errors():
         fit(own)
-    except (tars.ShardError, DataError, feature_networks.FeatureError, EvaluationError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def fit(own: dict[str, str]) -> None:

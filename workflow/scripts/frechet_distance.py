@@ -8,7 +8,7 @@ import sys
 from sdtrain import distributed
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest
-from sdtrain.errors import ConfigError
+from sdtrain.errors import one_line_errors
 from sdtrain.evaluation.features import (
     EvaluationError,
     kernel_distance,
@@ -25,10 +25,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("samples", "reference", "features", "output")
     _, own = command_line(argv, None, __doc__, **dict.fromkeys(keys))
-    try:
+    with one_line_errors():
         record = measure(own)
-    except (ConfigError, feature_networks.FeatureError, EvaluationError) as error:
-        raise SystemExit(f"error: {error}") from None
     write_json(own["output"], record)
     about = f"{record['metric']} {record['value']:.1f}, floor {record['floor']:.1f}"
     print(f"{own['output']}: {about} ({record['images']:,} images)")

@@ -13,11 +13,9 @@ from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest
 from sdtrain.config.load import held_out_dataset, load_config, require
-from sdtrain.data import predicates, tars
 from sdtrain.data.datasets import ImageDataset, open_dataset
-from sdtrain.data.sources import DataError
-from sdtrain.errors import ConfigError
-from sdtrain.evaluation.features import EvaluationError, dataset_features, kernel_distance, positive, save_tensors
+from sdtrain.errors import one_line_errors
+from sdtrain.evaluation.features import dataset_features, kernel_distance, positive, save_tensors
 from sdtrain.models import feature_networks
 
 
@@ -25,11 +23,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     keys = ("train_manifest", "held_out_manifest", "resolution", "features", "filters_from", "output")
     config, own = command_line(argv, schema.EvaluationConfig, __doc__, **dict.fromkeys(keys))
-    expected = (ConfigError, predicates.PredicateError, tars.ShardError, DataError)
-    try:
+    with one_line_errors():
         measure(config, own)
-    except (*expected, feature_networks.FeatureError, EvaluationError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def measure(config, own: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from sdtrain.config.fingerprint import code_digest, fingerprint
 from sdtrain.config.load import load_config, require
 from sdtrain.data import images, tars, yields
 from sdtrain.data.manifest import read_manifest
-from sdtrain.errors import ConfigError
+from sdtrain.errors import one_line_errors
 from sdtrain.evaluation.features import EvaluationError, read_record, read_samples
 from sdtrain.io.files import read_json, write_json, write_text
 
@@ -42,12 +42,10 @@ def main(argv: list[str]) -> None:
     required = dict.fromkeys(("run", "rows", "output", "html", "text"))
     _, own = command_line(argv, None, __doc__, **required, folder="", data="")
     folder = Path(own["folder"] or f"results/runs/{own['run']}")
-    try:
+    with one_line_errors():
         rows = [read_row(folder, name) for name in own["rows"].split(",")]
         metrics = summary(own["run"], folder, rows)
         page = render(metrics, folder, rows, Path(own["data"]) if own["data"] else None)
-    except (ConfigError, EvaluationError, tars.ShardError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     text = f"{terminal_table(metrics['rows'])}\n\n{own['html']}\n"
     write_text(own["html"], page)
     write_text(own["text"], text)

@@ -11,12 +11,10 @@ from sdtrain.config import schema
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import fingerprint
 from sdtrain.config.load import held_out_dataset, load_config, require
-from sdtrain.data import tars
 from sdtrain.data.datasets import PositionDataset, open_dataset
 from sdtrain.data.sources import DataError
-from sdtrain.errors import ConfigError
+from sdtrain.errors import one_line_errors
 from sdtrain.io.files import read_json, replace_folder, write_json
-from sdtrain.models.parts import ModelError
 from sdtrain.models.pipeline import generate, grid, load_pipeline
 
 
@@ -84,11 +82,9 @@ def main(argv: list[str]) -> None:
     settings, own = command_line(
         argv, schema.EvaluationConfig, __doc__, stage=None, trained=None, held_out=None, output=None
     )
-    try:
+    with one_line_errors():
         stage = require(load_config(schema.StageConfig, own["stage"]), own["stage"])
         record = sample(settings, stage, read_json(own["trained"]), own["held_out"], Path(own["output"]))
-    except (ConfigError, tars.ShardError, DataError, ModelError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     write_json(own["output"], record)
     print(f"{own['output']}: {record['images']} images, grids {', '.join(g['image'] for g in record['grids'])}")
 

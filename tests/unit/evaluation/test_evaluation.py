@@ -21,6 +21,7 @@ from samples import make_sample, write_tar
 
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import write_manifest
+from sdtrain.errors import SDTrainError
 from sdtrain.evaluation import features as evaluation
 from sdtrain.evaluation.features import (
     EvaluationError,
@@ -188,7 +189,7 @@ def damage(path: Path, how: str) -> None:
 def test_damaged_samples(tmp_path, how, message):
     path = noise_samples(tmp_path, 4)
     damage(path, how)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SDTrainError, match=message):
         sample_features(lambda x: x.float().mean((2, 3)), read_samples(path), "samples")
 
 

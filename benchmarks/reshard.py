@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.load import load_config
 from sdtrain.data.reshard import reshard
 from sdtrain.data.tars import ShardWriter
@@ -42,7 +42,7 @@ def write_shards(folder: Path, shards: int, samples: int, size: int) -> str:
 def configure(path: str):
     """Return the rule's configuration: keep 512 px and more."""
     values = {"path": path, "samples_per_shard": SAMPLES // 2, "select": {"filters": {"original_width": ">=512"}}}
-    return load_config(schema.ExistingShardsConfig, values=values)
+    return load_config(schema_data.ExistingShardsConfig, values=values)
 
 
 def peak_memory(path: str, output: str) -> float:

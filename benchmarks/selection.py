@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from omegaconf import OmegaConf
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.data import selection
 from sdtrain.data.tables import write_parquet
 
@@ -61,7 +61,7 @@ def read(path: Path) -> None:
 
 def select(path: Path) -> None:
     """Select from the table in this process."""
-    config = OmegaConf.merge(OmegaConf.structured(schema.SelectConfig), SELECTION)
+    config = OmegaConf.merge(OmegaConf.structured(schema_data.SelectConfig), SELECTION)
     selection.select(config, path, path.with_name("train.parquet"), path.with_name("out.parquet"))
 
 

@@ -62,7 +62,7 @@ def text_parts(tiny_parts, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
     """Manifests of the same latents: online (captions only), cached (their states too), permuted (other captions)."""
-    from sdtrain.config import schema
+    from sdtrain.config import schema_data
     from sdtrain.config.load import load_config
     from sdtrain.data import tars
     from sdtrain.data.latents import precompute
@@ -82,6 +82,6 @@ def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
         (root / name).mkdir()
         manifests[name] = root / name / "manifest.json"
         source = root / "permuted.json" if name == "permuted" else image_shards / "manifest.json"
-        settings = load_config(schema.LatentsConfig, overrides=["workers=0"])
+        settings = load_config(schema_data.LatentsConfig, overrides=["workers=0"])
         precompute(settings, str(text_parts), text, 32, str(source), manifests[name])
     return manifests

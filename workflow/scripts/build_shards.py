@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.data.build import build_shards
 from sdtrain.data.manifest import read_part, summary
@@ -15,7 +15,9 @@ from sdtrain.errors import one_line_errors
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = command_line(argv, schema.ShardsConfig, __doc__, selection=None, part="0", parts="1", output=None)
+    config, own = command_line(
+        argv, schema_data.ShardsConfig, __doc__, selection=None, part="0", parts="1", output=None
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that img2dataset is ended too
     with one_line_errors():
         part, parts = read_part(own["part"], own["parts"])

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest, fingerprint
 from sdtrain.errors import SDTrainError
@@ -312,7 +312,7 @@ def transfer(url: str, target: Path, timeout: float) -> None:
 
 
 def main() -> None:
-    component, own = command_line(sys.argv, schema.ComponentConfig, __doc__, name=None, output=None, timeout="30")
+    component, own = command_line(sys.argv, schema_data.ComponentConfig, __doc__, name=None, output=None, timeout="30")
     try:
         record = make_snapshot(component, own["name"], Path(own["output"]), float(own["timeout"]))
         write_json(own["output"], record)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from demo.emoji import fetch_emoji
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.data.fetch import FORMS, fetch_table
 from sdtrain.errors import one_line_errors
@@ -15,7 +15,7 @@ from sdtrain.errors import one_line_errors
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = command_line(argv, schema.TableConfig, __doc__, output=None)
+    config, own = command_line(argv, schema_data.TableConfig, __doc__, output=None)
     with one_line_errors():
         rows = fetch_table(config, Path(own["output"]), FORMS | {"emoji": fetch_emoji})
     print(f"{own['output']}: {rows:,} rows")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sdtrain import distributed
-from sdtrain.config.cli import command_line
+from sdtrain.config.cli import command_line, positive
 from sdtrain.config.fingerprint import code_digest
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.errors import one_line_errors
@@ -18,7 +18,6 @@ from sdtrain.evaluation.features import (
     caption_scores,
     dataset_features,
     load_tensors,
-    positive,
     save_tensors,
 )
 from sdtrain.models import feature_networks

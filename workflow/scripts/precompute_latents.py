@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sdtrain import distributed
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.data.latents import precompute
 from sdtrain.errors import ConfigError, one_line_errors
@@ -18,7 +18,7 @@ from sdtrain.errors import ConfigError, one_line_errors
 def main(argv: list[str]) -> None:
     """Run the command."""
     keys = {"vae": None, "text_encoder": "", "resolution": None, "images": None, "output": None}
-    settings, own = command_line(argv, schema.LatentsConfig, __doc__, **keys)
+    settings, own = command_line(argv, schema_data.LatentsConfig, __doc__, **keys)
     here, output = distributed.world(), Path(own["output"])
     component = f"resources/components/{settings.text_encoder}" if settings.text_encoder else None
     with one_line_errors("" if here.main else f"rank {here.rank}: "):

@@ -10,12 +10,12 @@ import sys
 
 from sdtrain import distributed
 from sdtrain.config import schema
-from sdtrain.config.cli import command_line
+from sdtrain.config.cli import command_line, positive
 from sdtrain.config.fingerprint import code_digest
 from sdtrain.config.load import held_out_dataset, load_config, require
 from sdtrain.data.datasets import ImageDataset, open_dataset
 from sdtrain.errors import one_line_errors
-from sdtrain.evaluation.features import dataset_features, kernel_distance, positive, save_tensors
+from sdtrain.evaluation.features import dataset_features, kernel_distance, save_tensors
 from sdtrain.models import feature_networks
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.data.selection import select
 from sdtrain.data.yields import show_selection
@@ -14,7 +14,9 @@ from sdtrain.io.files import write_json
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    config, own = command_line(argv, schema.SelectConfig, __doc__, table=None, train=None, held_out=None, yields=None)
+    config, own = command_line(
+        argv, schema_data.SelectConfig, __doc__, table=None, train=None, held_out=None, yields=None
+    )
     with one_line_errors():
         result = select(config, own["table"], own["train"], own["held_out"])
         write_json(own["yields"], result)

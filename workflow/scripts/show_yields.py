@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from sdtrain.config.cli import command_line
+from sdtrain.config.cli import command_line, positive
 from sdtrain.data.yields import show_yields
-from sdtrain.errors import ConfigError, one_line_errors
+from sdtrain.errors import one_line_errors
 from sdtrain.io.files import read_json
 
 
@@ -17,10 +17,8 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     _, own = command_line(argv, None, __doc__, yields=None, samples_per_shard=None, parts=None)
     with one_line_errors():
-        for key in ("samples_per_shard", "parts"):
-            if not own[key].isdecimal() or not int(own[key]):
-                raise ConfigError(f"{key}: must be a positive whole number, got {own[key]!r}")
-        print(show_yields(read_json(own["yields"]), int(own["samples_per_shard"]), int(own["parts"])))
+        samples_per_shard, parts = (positive(own[key], key) for key in ("samples_per_shard", "parts"))
+        print(show_yields(read_json(own["yields"]), samples_per_shard, parts))
 
 
 if __name__ == "__main__":

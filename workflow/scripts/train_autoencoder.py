@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from sdtrain import distributed
-from sdtrain.config import schema
+from sdtrain.config import schema, schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.config.fingerprint import code_digest, differences, record_fingerprint, versions
 from sdtrain.data.datasets import ImageDataset
@@ -379,7 +379,7 @@ def export(vae, facts: dict, folder: Path, output: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    settings, own = command_line(argv, schema.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
+    settings, own = command_line(argv, schema_data.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
     output = Path(own["output"])
     with distributed.joined(settings.distributed, EXPECTED) as (here, device, stop):
         folder, wait = training_folder(output), settings.wait_minutes

@@ -14,8 +14,9 @@ import yaml
 from omegaconf import MISSING
 from samples import ROOT
 
-from sdtrain.config import schema
-from sdtrain.config.load import CHOICES, MODEL_PARTS, load_config, require
+from sdtrain.config import schema, schema_data
+from sdtrain.config.keys import all_keys
+from sdtrain.config.load import MODEL_PARTS, load_config, require
 from sdtrain.models.parts import load_part
 from sdtrain.training import objective
 
@@ -94,7 +95,7 @@ def test_a_row_has_the_default_of_the_schema():
 
 def test_a_row_says_what_the_key_means_and_what_it_may_be():
     assert [key for key, row in BY_KEY.items() if len(row[3].split()) < 2] == []
-    chosen = {key: choices for key, choices in CHOICES.items() if key in KEYS}
+    chosen = {key.name: key.choices for key in all_keys(schema.StageConfig) if key.choices}
     assert [key for key, choices in chosen.items() if any(f"`{c}`" not in BY_KEY[key][3] for c in choices)] == []
     assert len(chosen) > 10
 
@@ -141,7 +142,7 @@ def test_a_block_of_yaml_is_valid(text):
     values = yaml.safe_load(text)
     if text.startswith("# configs/components.yaml"):
         for entry in values.values():
-            require(load_config(schema.ComponentConfig, values=entry), "the page")
+            require(load_config(schema_data.ComponentConfig, values=entry), "the page")
     else:
         load_config(schema.StageConfig, values=values)
 

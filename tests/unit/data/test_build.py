@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.data import build, img2dataset
 from sdtrain.data.tars import index_tar
 from sdtrain.io.files import LockedError, hold_lock
@@ -157,7 +157,7 @@ def test_times_and_decimals_become_texts(tmp_path):
 
 def test_two_builds_do_not_write_the_same(work, monkeypatch):
     monkeypatch.setattr(build, "PATIENCE", 0)
-    config = OmegaConf.structured(schema.ShardsConfig)
+    config = OmegaConf.structured(schema_data.ShardsConfig)
     work.select(1)
     work.output.parent.mkdir()
     with hold_lock(work.output.with_name(".manifest.lock")):

@@ -44,7 +44,8 @@ def test_a_dataset_can_be_pickled(manifest):
 
 
 def test_a_window_of_no_shards_is_refused(manifest):
-    cfg = load_config(schema.DatasetConfig, values={"params": {"path": manifest, "window": 0}})
+    cfg = load_config(schema.DatasetConfig, values={"params": {"path": manifest}})
+    cfg.params.window = 0
     with pytest.raises(DataError, match=r"dataset\.params\.window=0: must be at least 1"):
         open_dataset(cfg, 0)
 

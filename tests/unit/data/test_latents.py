@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load, load_file
 from samples import call_script, load_script, make_sample, run_script, write_tar
 
-from sdtrain.config import schema
+from sdtrain.config import schema, schema_data
 from sdtrain.config.load import load_config
 from sdtrain.data import images, latents, tars
 from sdtrain.data.manifest import read_manifest, write_manifest
@@ -35,7 +35,7 @@ def run(
     folder: Path, manifest: Path, vae: Path, *settings: str, text: Path | None = None, resolution: int = 32
 ) -> dict:
     """The manifest of latents in `folder`, made in this process."""
-    values = load_config(schema.LatentsConfig, overrides=["workers=0", *settings])
+    values = load_config(schema_data.LatentsConfig, overrides=["workers=0", *settings])
     text = str(text) if text else None
     return latents.precompute(values, str(vae), text, resolution, str(manifest), folder / "manifest.json")
 
@@ -356,7 +356,7 @@ def test_bad_input_is_one_message(image_shards, source, tiny_parts, tmp_path):
         ({"vae": tmp_path / "absent"}, "absent: no such folder; make it with: snakemake"),
         ({"text_encoder": tmp_path / "absent"}, "absent: no such folder; make it with: snakemake"),
         ({"images": spoiled / "manifest.json"}, "00001.tar: shard is missing"),
-        ({"posterior": "all"}, "posterior: 'all' is not one of mean, sample, moments"),
+        ({"posterior": "all"}, "posterior: must be one of mean, sample, moments, got 'all'"),
     ]:
         changed = [f"{key}={value}" for key, value in change.items()]
         with pytest.raises(SystemExit) as end:

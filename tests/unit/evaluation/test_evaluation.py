@@ -289,7 +289,7 @@ def test_floor_is_the_distance_of_training_images(reference, image_shards, clip)
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"resolution": "64px"}, "resolution=64px: a positive whole number is expected"),
+        ({"resolution": "64px"}, "resolution: must be a positive whole number, got '64px'"),
         ({"features": "nowhere"}, "nowhere: no image network here"),
         ({"held_out_manifest": "nowhere/manifest.json"}, "nowhere/manifest.json: no such manifest"),
         ({"filters_from": "nowhere.yaml"}, "nowhere.yaml: no such file"),
@@ -382,7 +382,7 @@ def test_fit_of_bad_input(tmp_path, command, networks, image_shards, held_out):
     for changes, message in [
         ({"features": tmp_path}, "no image network here"),
         ({"manifest": tmp_path / "manifest.json"}, "no such manifest"),
-        ({"resolution": 0}, "resolution=0: a positive whole number is expected"),
+        ({"resolution": 0}, "resolution: must be a positive whole number, got '0'"),
     ]:
         said = command("fit_alignment", **(keys | changes))
         assert said.startswith("error: ") and message in said

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.load import load_config, require
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -389,7 +389,7 @@ def test_name_cannot_leave_the_folder(fetch):
 def test_every_listed_component_is_pinned():
     components = yaml.safe_load((ROOT / "configs/components.yaml").read_text())
     for name, entry in components.items():
-        require(load_config(schema.ComponentConfig, values=entry), name)
+        require(load_config(schema_data.ComponentConfig, values=entry), name)
         pin = {"hub": ("revision", 40), "url": ("sha256", 64)}.get(entry["source"])
         if pin:
             assert len(entry[pin[0]]) == pin[1] and int(entry[pin[0]], 16), name

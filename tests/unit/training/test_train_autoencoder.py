@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from samples import jpeg, load_script, make_sample, write_tar
 from trainings import last_checkpoint, log, part, refused, same, trainer
 
-from sdtrain.config import schema
+from sdtrain.config import schema_data
 from sdtrain.config.load import load_config, require
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest, write_manifest
@@ -432,7 +432,7 @@ def test_l1_alone_in_bf16_with_loader_processes(train, given, tmp_path):
 def test_it_tells_wandb_whose_and_what_it_is(given, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
-    cfg = load_config(schema.AutoencoderConfig, given[0].removeprefix("config="), ["wandb_mode=offline"])
+    cfg = load_config(schema_data.AutoencoderConfig, given[0].removeprefix("config="), ["wandb_mode=offline"])
     own = script.identify(cfg, given[1].removeprefix("train="), 4, script.training_folder(Path("component.json")))
     own.folder.mkdir(parents=True)
     run = script.open_wandb(cfg, own)
@@ -550,6 +550,6 @@ def test_the_planned_configuration_is_the_one_that_the_command_reads(tmp_path):
         (tree / "slice.yaml").write_text(Plan("demo", [], ValueError).slice_of(where))
     finally:
         os.chdir(before)
-    cfg = require(load_config(schema.AutoencoderConfig, tree / "slice.yaml"), "slice")
+    cfg = require(load_config(schema_data.AutoencoderConfig, tree / "slice.yaml"), "slice")
     assert cfg.lr_scheduler.params.learning_rate == cfg.optimizer.params.learning_rate == 0.5
     assert (cfg.lr_scheduler.scheduler, cfg.optimizer.params.beta2, cfg.resolution) == ("CosineWithWarmup", 0.99, 64)

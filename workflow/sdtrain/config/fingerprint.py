@@ -1,9 +1,8 @@
-"""Fingerprints of configurations: which keys decide a result, and the digest of the code."""
+"""Compute the fingerprints of configurations and of the code."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import platform
@@ -13,77 +12,89 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdtrain.config.schema import ExperimentConfig
+from sdtrain.config.keys import NOT_NEUTRAL, all_keys
+from sdtrain.config.schema import StageConfig
 
 
 def canonical(value: Any) -> str:
-    """One JSON text for equal values, whatever the order of their keys."""
+    """Return the canonical JSON text of a value: equal values have equal texts, whatever the order of their keys."""
     if isinstance(value, DictConfig):
         value = OmegaConf.to_container(value, resolve=True)
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def fingerprint(*values: Any) -> str:
-    """16 hex digits of the sha256 of the values' canonical JSON."""
+    """Return 16 hexadecimal digits of the SHA-256 of the canonical JSON of the values."""
     return hashlib.sha256("\n".join(canonical(v) for v in values).encode()).hexdigest()[:16]
 
 
-VOLATILE = [
-    "wandb",
-    "system",
-    "distributed",
-    "frozen",
-    "init",
-    "model.compile",
-    "model.attention",
-    "model.xformers",
-    "model.gradient_checkpointing",
-    "optimizer.fused",
-    *(
-        f"dataset.params.{k}"
-        for k in ("path", "batch_size", "workers", "num_examples_to_see", "max_lost", "prefetch", "cache")
-    ),
-    *(
-        f"experiment.{f.name}"
-        for f in dataclasses.fields(ExperimentConfig)
-        if f.name not in ("num_examples_to_see", "seed")
-    ),
-]
+def decisive_keys(config: DictConfig) -> dict[str, Any]:
+    """Return the keys of a stage that decide its weights, as a nested dict.
 
-
-def decisive_keys(config: DictConfig) -> dict:
-    """The keys of a stage that decide its weights.
-
-    Where to log, how often to save, how a batch is shared and how fast a step is computed do not; data and initial
-    weights count by their own records, not by their paths.
+    Keys of logging, saving, batch sharing and speed are left out. Data and initial weights are identified by records
+    of their content, so their paths are left out too. A section without such keys is left out.
     """
-    values = OmegaConf.to_container(config, resolve=True)
-    for key in VOLATILE:
-        *path, leaf = key.split(".")
-        section = values
-        for name in path:
-            section = section[name]
-        section.pop(leaf, None)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    for entry in all_keys(StageConfig):
+        if not entry.section and not (
+            entry.decides and _value(values, entry.name) != entry.metadata.get("neutral", NOT_NEUTRAL)
+        ):
+            _remove(values, entry.name)
+    for entry in reversed(all_keys(StageConfig)):
+        if entry.section and not entry.decides and not _value(values, entry.name):
+            _remove(values, entry.name)
     return values
 
 
+def slice_text(config: DictConfig, resolve: bool = True) -> str:
+    """Return the YAML text of a frozen slice.
+
+    A key at its neutral value is left out if this is also its default: the file means the same without it, and equals
+    the one that was written before the key existed.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=resolve)
+    schema: Any = OmegaConf.get_type(config)
+    neutral = [entry for entry in all_keys(schema) if entry.default == entry.metadata.get("neutral", NOT_NEUTRAL)]
+    for entry in neutral:
+        if _value(values, entry.name) == entry.default:
+            _remove(values, entry.name)
+    return OmegaConf.to_yaml(OmegaConf.create(values), sort_keys=True)
+
+
+def _value(values: Any, name: str) -> Any:
+    """Return the value of a key in dot notation; None where a section is missing or null."""
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _remove(values: dict[str, Any], name: str) -> None:
+    """Remove a key in dot notation, if it is there."""
+    section, _, leaf = name.rpartition(".")
+    parent = _value(values, section) if section else values
+    if isinstance(parent, dict):
+        parent.pop(leaf, None)
+
+
 def stage_fingerprint(config: DictConfig) -> str:
-    """Fingerprint of a stage as it was planned: of the keys that decide its weights, and of its batch sizes."""
+    """Return the fingerprint of a planned stage: of the keys that decide its weights, and of its batch sizes."""
     sizes = {key: config.system[key] for key in ("batch_size", "gradient_accumulation", "global_batch")}
     return fingerprint(decisive_keys(config), sizes)
 
 
 def freeze_stage(config: DictConfig) -> DictConfig:
-    """A stage's configuration as a file may hold it: without the secret, with its fingerprint as planned.
+    """Return a stage's configuration to be written to a file: without the API key, with its fingerprint as planned.
 
-    Milestones are left out: each job gets those up to its own, so that a new one leaves the earlier ones as they are.
+    Milestones are left out: each job gets those up to its own, so that adding one does not rerun the earlier ones.
     """
     changes = {"frozen": stage_fingerprint(config), "wandb": {"api_key": None}, "experiment": {"milestones": []}}
-    return OmegaConf.merge(config, changes)
+    frozen = OmegaConf.merge(config, changes)
+    assert isinstance(frozen, DictConfig)
+    return frozen
 
 
-def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """The keys, in dot notation, under which two nested dicts differ."""
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the keys, in dot notation, in which two nested dicts differ."""
     found = []
     for key in sorted({*a, *b}):
         one, two = a.get(key), b.get(key)
@@ -95,7 +106,7 @@ def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
 
 
 def record_fingerprint(path: str | Path) -> str | None:
-    """The fingerprint that a result's JSON record carries, or None without one."""
+    """Return the fingerprint in the JSON record of a result, or None if there is none."""
     try:
         return json.loads(Path(path).read_text()).get("fingerprint")
     except (OSError, ValueError, AttributeError):
@@ -103,7 +114,7 @@ def record_fingerprint(path: str | Path) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """Return the versions of Python and of the packages that decide a result."""
     names = ("torch", "diffusers", "transformers", "numpy", "pillow", "snakemake", "webdataset", "wandb")
     found = {"python": platform.python_version()}
     for name in names:
@@ -113,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """16 hex digits over the source of the library and the scripts: recorded in results, never a trigger."""
+    """Return 16 hexadecimal digits of the SHA-256 of the source code. Results record it; it triggers no rerun."""
     root = Path(__file__).resolve().parents[2]
     files = sorted([*root.glob("sdtrain/**/*.py"), *root.glob("scripts/*.py")])
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()[:16]

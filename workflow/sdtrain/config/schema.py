@@ -1,390 +1,279 @@
-"""What the configuration files may hold: every key with its type, its default and its meaning."""
+"""Schema of a run and its training stages: every key with its type, default, bounds and meaning."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from sdtrain.config.keys import key, section
 
-# ---------------------------------------------------------------- a training stage (the seed's sections)
+
+# ---------------------------------------------------------------- a training stage
 @dataclass
 class WandbConfig:
-    api_key: str | None = None  # never written to a file; prefer WANDB_API_KEY or `wandb login`
-    entity: str | None = None
-    mode: str | None = None  # online, offline, disabled; by default online where a key is known
+    api_key: str | None = key(None, "API key. No file or log holds it; prefer `WANDB_API_KEY` or `wandb login`")
+    entity: str | None = key(None, "Team or user that owns the wandb run")
+    mode: Literal["online", "offline", "disabled"] | None = key(
+        None, "Default: `online` if an API key is known, else `offline`. `WANDB_MODE` takes precedence"
+    )
 
 
 @dataclass
 class SystemConfig:
-    gradient_accumulation: int = 1  # micro-batches a rank adds up before each optimizer step
-    batch_size: Any = 32  # images per process and micro-batch; auto: the most that fits the GPU (needs global_batch)
-    global_batch: int | None = None  # images an optimizer step sees on all ranks; gradient_accumulation follows from it
-    workers: int = 6  # loader processes per rank
-    channels_last: bool = False  # memory format of the UNet and the VAE: faster convolutions on recent GPUs
-    peak_tflops: float | None = None  # of one device at the training's precision, for MFU; known for common GPUs
-    threads: int | None = None  # torch threads per process; by default torch's own choice
-    dist_backend: str | None = "${distributed.dist_backend}"
-    dist_url: str = "${distributed.dist_url}"
+    gradient_accumulation: int = key(
+        1, "Micro-batches that a rank accumulates for one step. Derived from `global_batch` if that is set", ge=1
+    )
+    batch_size: Any = key(
+        32,
+        "Images of a rank's micro-batch; or `auto`, the largest that leaves a tenth of the GPU memory free (needs CUDA,"
+        " `global_batch` and `ddp`)",
+    )
+    global_batch: int | None = key(
+        None, "Images of a step over all ranks. Default: ranks × batch size × gradient accumulation", ge=1
+    )
+    workers: int = key(6, "Loader processes per rank; 0 loads in a thread of the training process", ge=0)
+    channels_last: bool = key(False, "Use the channels-last memory format: faster convolutions on recent GPUs")
+    peak_tflops: float | None = key(
+        None, "Peak TFLOP/s of one device at the training precision, for the MFU in the log. Default: of common GPUs"
+    )
+    threads: int | None = key(None, "CPU threads of torch per process. Default: torch's own choice", ge=1)
+    dist_backend: str | None = key("${distributed.dist_backend}", "See `distributed.dist_backend`")
+    dist_url: str = key("${distributed.dist_url}", "See `distributed.dist_url`")
 
 
 @dataclass
 class DistributedConfig:
-    dist_backend: str | None = None  # by default nccl where CUDA is, else gloo
-    dist_url: str = "env://"
-    strategy: str = "ddp"  # or fsdp: weights, gradients, optimizer and average sharded over the ranks
-    timeout_minutes: float = 30.0  # for a rank that hangs
-    world_size: int | None = None  # what was planned; any other number of ranks is refused
+    dist_backend: str | None = key(None, "`nccl` or `gloo`. Default: `nccl` with CUDA, else `gloo`")
+    dist_url: str = key("env://", "Rendezvous of `init_process_group`: `env://`, `tcp://host:port` or `file:///path`")
+    strategy: Literal["ddp", "fsdp"] = key(
+        "ddp", "`ddp`: each rank holds all weights. `fsdp`: weights, gradients, optimizer state and EMA are sharded"
+    )
+    timeout_minutes: float = key(30.0, "Minutes to wait for a rank that hangs before the training ends", gt=0)
+    world_size: int | None = key(None, "Planned number of ranks; any other number is an error. Set by the workflow")
 
 
 @dataclass
 class ExperimentConfig:
-    log_dir: str = MISSING
-    project: str = MISSING
-    name: str = MISSING
-    num_examples_to_see: int = MISSING
-    milestones: list[int] = field(default_factory=list)  # images seen at which the workflow exports and measures
-    stop_at: int | None = None  # end this job at that milestone; the schedule still spans the whole stage
-    save_every: int = 2000  # optimizer steps between rolling checkpoints
-    save_only_most_recent: bool = True  # keep the last keep_checkpoints and those of milestones; otherwise all
-    keep_checkpoints: int = 2
-    max_nonfinite: int = 5  # steps in a row with a non-finite loss or gradient; then back to the last checkpoint
-    max_rollbacks: int = 3  # times back to one checkpoint before the training gives up
-    requeue: bool = True  # go on from the folder's checkpoint; without it, start anew
-    wait_minutes: float = 0.0  # for another process that is training in the folder, before giving up
-    eval_caption_file: str | None = None  # captions, one a line or in a CSV's caption column, drawn at every save
-    num_eval_images: int = 8
-    eval_steps: int = 25  # of that grid's sampler
-    eval_guidance_scale: float = 5.0
-    log_every: int = 10  # optimizer steps between log lines
-    seed: int = 0
+    log_dir: str = key(MISSING, "First part of the training folder")
+    project: str = key(MISSING, "Second part of the training folder; also the wandb project")
+    name: str = key(MISSING, "Third part of the training folder; also the name of the wandb run")
+    num_examples_to_see: int = key(
+        MISSING,
+        "Images of the whole training, rounded up to a full step. The learning-rate schedule spans them",
+        ge=0,
+        decides=True,
+    )
+    milestones: list[int] = key(
+        [], "Images seen at which the workflow exports and evaluates. Checkpoints at milestones are never deleted"
+    )
+    stop_at: int | None = key(
+        None, "Images seen at which this job ends and exports. The schedule still spans the whole training"
+    )
+    save_every: int = key(2000, "Steps between checkpoints. The end of a job and a signal save as well", ge=1)
+    save_only_most_recent: bool = key(
+        True, "Keep the newest `keep_checkpoints` checkpoints and those at milestones; `false` keeps all"
+    )
+    keep_checkpoints: int = key(2, "Number of newest checkpoints to keep", ge=1)
+    max_nonfinite: int = key(
+        5,
+        "Consecutive steps with a non-finite loss or gradient norm (each is skipped) before the training returns to its"
+        " last checkpoint",
+        ge=1,
+    )
+    max_rollbacks: int = key(3, "Returns to the same checkpoint before the training ends with an error", ge=0)
+    requeue: bool = key(True, "Resume from the newest checkpoint in the training folder; `false` starts anew")
+    wait_minutes: float = key(0.0, "Minutes to wait for another process that trains in the folder", ge=0)
+    eval_caption_file: str | None = key(
+        None, "Captions, one per line, or a CSV file with a column `caption`. Their images are drawn at each checkpoint"
+    )
+    num_eval_images: int = key(8, "Number of captions of that file to draw", ge=1)
+    eval_steps: int = key(25, "Sampler steps of these images", ge=1)
+    eval_guidance_scale: float = key(5.0, "Classifier-free guidance scale of these images")
+    log_every: int = key(10, "Steps between lines of `log.jsonl`", ge=1)
+    seed: int = key(0, "Seed of the initial weights, the data order and all random draws", ge=0, decides=True)
 
 
 @dataclass
 class OptimizerParams:
-    learning_rate: float = 1.0e-4
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    epsilon: float = 1.0e-8
+    learning_rate: float = key(1.0e-4, "Learning rate after the warm-up", ge=0)
+    beta1: float = key(0.9, "Decay of the running mean of gradients", ge=0, lt=1)
+    beta2: float = key(0.98, "Decay of the running mean of squared gradients", ge=0, lt=1)
+    weight_decay: float = key(0.01, "Decoupled weight decay", ge=0)
+    epsilon: float = key(1.0e-8, "Added to the root of the mean square", ge=0)
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = "adamw"
-    params: OptimizerParams = field(default_factory=OptimizerParams)
-    max_grad_norm: float | None = 1.0
-    fused: bool = True  # one kernel for each weight's whole update: several times faster, equal to float tolerance
+    name: Literal["adamw"] = key("adamw", "Optimizer")
+    params: OptimizerParams = section(OptimizerParams)
+    max_grad_norm: float | None = key(
+        1.0, "Largest norm of a step's gradient over all weights and ranks; a larger gradient is scaled down", gt=0
+    )
+    fused: bool = key(True, "Update in one fused kernel: faster, equal within float tolerance", decides=False)
 
 
 @dataclass
 class PartConfig:
-    """One part of the model: the folder or hub address of a pretrained one, or a class and its arguments."""
+    """A model component: a pretrained one, or a class and its arguments."""
 
-    pretrained: str | None = None
-    target: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = key(None, "Folder or hub address of a pretrained component, or of a pipeline with it")
+    target: str | None = key(None, "Class to build, such as `UNet2DConditionModel`")
+    params: dict[str, Any] = key({}, "Arguments of the class")
 
 
 @dataclass
 class EmaConfig:
-    path: str | None = None  # a pretrained moving average to start from (a UNet folder)
-    decay: float = 0.9999
-    half_life: int | None = None  # in images, in place of decay: the same average at any batch size
-    warmup: bool = True  # the decay starts low, so that early averages forget the initial weights
+    path: str | None = key(None, "UNet or pipeline folder to start the average from. Default: the initial weights")
+    decay: float = key(0.9999, "EMA decay per step", ge=0, le=1)
+    half_life: int | None = key(None, "Half-life in images, instead of `decay`: independent of the batch size", ge=1)
+    warmup: bool = key(True, "Limit the decay of step k to (1 + k) / (10 + k), to forget the initial weights sooner")
 
 
 @dataclass
 class LoraConfig:
-    rank: int | None = None  # train low-rank additions of that rank to the UNet's weights, and nothing else
-    alpha: float | None = None  # their scale is alpha / rank; by default 1
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    rank: int | None = key(None, "Train low-rank additions of this rank to the UNet, and nothing else", ge=1)
+    alpha: float | None = key(None, "The additions are scaled by alpha / rank. Default: alpha = rank")
+    dropout: float = key(0.0, "Share of their inputs that is dropped in training", ge=0, le=1)
+    targets: list[str] = key(["to_q", "to_k", "to_v", "to_out.0"], "Layers that get them, by the end of their names")
 
 
 @dataclass
 class ModelConfig:
-    pretrained: str | None = None  # a whole pipeline to fine-tune; parts named below replace its parts
-    vae: PartConfig = field(default_factory=PartConfig)
-    text_encoder: PartConfig = field(default_factory=PartConfig)
-    tokenizer: PartConfig = field(default_factory=PartConfig)
-    scheduler: PartConfig = field(default_factory=PartConfig)
-    unet: PartConfig = field(default_factory=PartConfig)
-    use_ema: bool = False
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    mixed_precision: str | None = None  # bf16, or none
-    gradient_checkpointing: bool = False
-    xformers: bool = False
-    attention: str | None = None  # torch's kernel: flash, efficient, cudnn or math; by default its own choice
-    compile: str | None = None  # model: the UNet whole; blocks: each block, in a fraction of the compile time
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    pretrained: str | None = key(None, "A whole pipeline to fine-tune. Components set below replace its components")
+    vae: PartConfig = section(PartConfig)
+    text_encoder: PartConfig = section(PartConfig)
+    tokenizer: PartConfig = section(PartConfig)
+    scheduler: PartConfig = section(PartConfig)
+    unet: PartConfig = section(PartConfig)
+    use_ema: bool = key(
+        False, "Keep an exponential moving average of the weights. The export then holds it as `unet`, and `unet_raw`"
+    )
+    ema: EmaConfig = section(EmaConfig)
+    mixed_precision: Literal["bf16"] | None = key(
+        None, "bfloat16 products; weights, optimizer state and EMA stay float32. Default: all in float32"
+    )
+    gradient_checkpointing: bool = key(
+        False, "Recompute activations in the backward pass: less memory, more time", decides=False
+    )
+    xformers: bool = key(
+        False, "Use xformers' attention (`requirements/gpu.txt`). Without CUDA: torch's, with a warning", decides=False
+    )
+    attention: Literal["flash", "efficient", "cudnn", "math"] | None = key(
+        None, "Kernel of torch's attention, tried at the start. Default: torch's own choice", decides=False
+    )
+    compile: Literal["model", "blocks"] | None = key(
+        None, "Compile the whole UNet, or each block, which compiles faster. Default: no compilation", decides=False
+    )
+    lora: LoraConfig = section(LoraConfig)
 
 
 @dataclass
 class ObjectiveConfig:
-    timesteps: str = "uniform"  # or stratified: one from each equal slice of the schedule; or logit_normal
-    logit_mean: float = 0.0  # of logit_normal timesteps
-    logit_std: float = 1.0
-    offset_noise: float = 0.0  # standard deviation of a further noise that is one value a channel
-    snr_gamma: float | None = None  # min-SNR-gamma loss weights
-    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    timesteps: Literal["uniform", "stratified", "logit_normal"] = key(
+        "uniform", "Distribution of timesteps; `stratified` draws one from each equal slice of the schedule per batch"
+    )
+    logit_mean: float = key(0.0, "Mean of the logits of `logit_normal` timesteps; above 0 means more noise")
+    logit_std: float = key(1.0, "Standard deviation of these logits", ge=0)
+    offset_noise: float = key(0.0, "Standard deviation of additional noise that is constant per channel", ge=0)
+    snr_gamma: float | None = key(None, "Gamma of min-SNR loss weights. Default: equal weights", ge=0)
+    caption_dropout: float = key(
+        0.1, "Share of captions replaced by the empty caption, for classifier-free guidance", ge=0, le=1
+    )
 
 
 @dataclass
 class DatasetParams:
-    path: str = MISSING  # a manifest.json; or shards, or tables, in brace notation: paths, s3://, pipe: commands
-    batch_size: Any = "${system.batch_size}"
-    workers: int = "${system.workers}"  # type: ignore[assignment]
-    num_examples_to_see: int = "${experiment.num_examples_to_see}"  # type: ignore[assignment]
-    columns: dict[str, str] = field(default_factory=dict)  # tables: our name (image, caption) -> theirs
-    resolution: int = 512  # pixels a side
-    crop: str = "center"  # or random
-    flip: bool = False  # mirror half of the images
-    filters: dict[str, Any] | None = None  # metadata predicates, the seed's notation
-    idx_to_prompt: str | None = None  # JSON: class index -> prompt
-    window: int = 64  # shards that are shuffled together
-    max_lost: float = 0.1  # share of unreadable samples, and of incomplete ones, above which the training ends
-    prefetch: int = 2  # batches that a thread keeps ready, pinned where CUDA is
-    cache: str | None = None  # folder for copies and indices of remote shards and tables; by default a temporary one
+    path: str = key(
+        MISSING,
+        "A `manifest.json`, or shards or tables: a path, braces, a glob, `s3://…`, `pipe:command`",
+        decides=False,
+    )
+    batch_size: Any = key("${system.batch_size}", "Must equal `system.batch_size`", decides=False)
+    workers: int = key("${system.workers}", "Loader processes per rank", ge=0, decides=False)
+    num_examples_to_see: int = key(
+        "${experiment.num_examples_to_see}", "Must equal `experiment.num_examples_to_see`", decides=False
+    )
+    columns: dict[str, str] = key({}, "Tables: columns of `image` and `caption`. Default: found by their usual names")
+    resolution: int = key(512, "Side in pixels. Images are resized by their shorter side and cropped", ge=1)
+    crop: Literal["center", "random"] = key("center", "Crop of images; latents are cropped when they are computed")
+    flip: bool = key(False, "Mirror half of the images at random. Not for latents")
+    filters: dict[str, Any] | None = key(
+        None, 'Metadata field → predicate, such as `"<=0.5"`, or a list of them. Samples without the field are dropped'
+    )
+    idx_to_prompt: str | None = key(None, "JSON file from class to prompt: an object or a list")
+    window: int = key(64, "Shards whose samples are shuffled together", ge=1)
+    max_lost: float = key(
+        0.1, "Share of unreadable, or of incomplete, samples above which the training ends", ge=0, le=1, decides=False
+    )
+    prefetch: int = key(
+        2, "Batches that a thread keeps ready, in pinned memory with CUDA; 0: none", ge=0, decides=False
+    )
+    cache: str | None = key(
+        None, "Folder for local copies and indices of remote shards and tables. Default: temporary", decides=False
+    )
 
 
 @dataclass
 class DatasetConfig:
-    type: str = "WebDataset"  # WebDataset, ClassificationWebDataset, ParquetDataset, CSVDataset, LatentDataset
-    params: DatasetParams = field(default_factory=DatasetParams)
+    type: Literal["WebDataset", "ClassificationWebDataset", "ParquetDataset", "CSVDataset", "LatentDataset"] = key(
+        "WebDataset", "Tars of images with captions or with classes, tables of images, or precomputed latents"
+    )
+    params: DatasetParams = section(DatasetParams)
 
 
 @dataclass
 class LRParams:
-    learning_rate: float = "${optimizer.params.learning_rate}"  # type: ignore[assignment]
-    warmup_length: int = 500  # optimizer steps
-    decay_from: float = 0.0  # share of the stage after which the cosine falls
-    final: float = 0.0  # share of the learning rate left at the end of the cosine
+    learning_rate: float = key("${optimizer.params.learning_rate}", "Learning rate after the warm-up", ge=0)
+    warmup_length: int = key(500, "Steps of the linear warm-up", ge=0)
+    decay_from: float = key(0.0, "Share of the training after which the cosine decay begins", ge=0, le=1)
+    final: float = key(0.0, "Share of the learning rate at the end of the cosine decay", ge=0, le=1)
 
 
 @dataclass
 class LRConfig:
-    scheduler: str = "ConstantWithWarmup"  # or CosineWithWarmup
-    params: LRParams = field(default_factory=LRParams)
+    scheduler: Literal["ConstantWithWarmup", "CosineWithWarmup"] = key("ConstantWithWarmup", "Schedule")
+    params: LRParams = section(LRParams)
 
 
 @dataclass
 class StageConfig:
-    """What one training needs and nothing else: the file that `train.py config=…` reads."""
+    """The configuration of one training: the file that `train.py config=…` reads."""
 
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    system: SystemConfig = field(default_factory=SystemConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    lr_scheduler: LRConfig = field(default_factory=LRConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    init: str | None = None  # a stage of the same run, or the folder of a finished pipeline, to start from
-    init_weights: str = "ema"  # which of its weights: ema, the moving average where there is one, or raw
-    frozen: str | None = None  # the workflow's mark: the fingerprint of this file as it was planned
+    wandb: WandbConfig = section(WandbConfig, decides=False)
+    system: SystemConfig = section(SystemConfig, decides=False)
+    distributed: DistributedConfig = section(DistributedConfig, decides=False)
+    experiment: ExperimentConfig = section(ExperimentConfig, decides=False)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    model: ModelConfig = section(ModelConfig)
+    dataset: DatasetConfig = section(DatasetConfig)
+    lr_scheduler: LRConfig = section(LRConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    init: str | None = key(
+        None, "Pipeline folder of the initial UNet weights; in the workflow also an earlier stage", decides=False
+    )
+    init_weights: Literal["ema", "raw"] = key("ema", "Which weights of that folder; `ema` is what it samples with")
+    frozen: str | None = key(None, "Fingerprint of the planned stage. Set by the workflow; leave it out", decides=False)
 
 
-# ---------------------------------------------------------------- a run: stages and their evaluation
+# ---------------------------------------------------------------- a run
 @dataclass
 class EvaluationConfig:
-    prompts: str | None = (
-        None  # text file of prompts for the metrics, one a line; by default the dataset's own captions
-    )
-    num_images: int = 1000
-    batch_size: int = 16
-    guidance_scale: float = 7.5
-    num_inference_steps: int = 50
-    seed: int = 0
-    grid: list[str] = field(
-        default_factory=list
-    )  # prompts of the report's grid; by default the first of the dataset's captions
-    held_out_grid: int = 16  # held-out captions in the report's second grid
-    features: str = "inception"  # image network of the Frechet distance: a component
-    alignment: str | None = None  # clip-score model: a component; or "fitted", a linear map of the features
+    prompts: str | None = key(None, "Text file of prompts, one per line. Default: captions of the dataset")
+    num_images: int = key(1000, "Number of images to generate for the metrics", ge=1)
+    batch_size: int = key(16, "Images per batch", ge=1)
+    guidance_scale: float = key(7.5, "Classifier-free guidance scale")
+    num_inference_steps: int = key(50, "Sampler steps", ge=1)
+    seed: int = key(0, "Seed of the generated images")
+    grid: list[str] = key([], "Prompts of the report's image grid. Default: the first captions of the dataset")
+    held_out_grid: int = key(16, "Number of held-out captions in the report's second grid", ge=0)
+    features: str = key("inception", "Component: the image network of the Frechet distance")
+    alignment: str | None = key(None, 'Component: the CLIPScore model; or "fitted", a linear map of the features')
 
 
 @dataclass
 class RunConfig(StageConfig):
-    """`configs/{run}.yaml`: the seed's sections for every stage, what differs in each, and the evaluation."""
+    """`configs/{run}.yaml`: sections of all stages, the keys that differ in each stage, and the evaluation."""
 
-    data: str | None = None  # configs/data/{data}.yaml
-    stages: dict[str, Any] = MISSING
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-# ---------------------------------------------------------------- data
-@dataclass
-class PackageConfig:
-    name: str = MISSING
-    version: str = MISSING
-    sha256: str = MISSING
-
-
-@dataclass
-class TableConfig:
-    kind: str = "files"  # files: tables on disk or by URL; hub: a dataset repository; emoji: two npm packages
-    path: str | None = None  # files: a parquet, CSV, TSV or JSONL file, a folder or a glob
-    sha256: str | None = None  # files: of a single file
-    repo: str | None = None  # hub: owner/name
-    revision: str | None = None  # hub: a commit
-    patterns: list[str] = field(default_factory=lambda: ["*.parquet"])
-    columns: dict[str, str] = field(default_factory=dict)  # our name: theirs (url and caption are needed)
-    images: PackageConfig | None = None  # emoji
-    captions: PackageConfig | None = None  # emoji
-
-
-@dataclass
-class HeldOutConfig:
-    column: str = "url"  # rows that share its value stay on one side
-    fraction: float = 0.0
-    seed: int = 0
-
-
-@dataclass
-class SizeConfig:
-    """What the expected download size is estimated from; a column that the table lacks is passed over."""
-
-    bytes: str | None = None  # a column with each file's bytes
-    width: str = "original_width"  # columns of pixels
-    height: str = "original_height"
-    bytes_per_pixel: float = 0.25  # of a JPEG on the web
-    bytes_per_image: int = 150_000  # where a row says nothing
-
-
-@dataclass
-class SelectConfig:
-    """Which samples, whether they come from a table or from shards that exist: filters, then the rest in this order."""
-
-    filters: dict[str, Any] = field(default_factory=dict)  # column -> predicate, or list of predicates
-    deduplicate: str | None = None  # a column, such as url: of rows with one value the first is kept (tables only)
-    rows: int | None = None  # this many at random (tables only)
-    seed: int = 0  # of that choice
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-    size: SizeConfig = field(default_factory=SizeConfig)
-
-
-@dataclass
-class ShardsConfig:
-    path: str | None = (
-        None  # shards that exist already (braces, globs, s3://, pipe:, a manifest): nothing is downloaded
-    )
-    held_out_path: str | None = None  # shards that exist already, never trained on: the metrics' reference
-    parts: int = 1  # jobs that share the training side's work
-    samples_per_shard: int = 10000
-    image_size: int = 512  # this and the rest: of img2dataset
-    resize_mode: str = "keep_ratio"
-    encode_quality: int = 95
-    encode_format: str = "jpg"  # or png, webp
-    skip_reencode: bool = False  # keep the bytes of images that need no resizing
-    min_image_size: int = 0  # pixels of the shorter side
-    max_aspect_ratio: float | None = None
-    columns: list[str] = field(default_factory=list)  # columns of the table kept in each sample's JSON
-    processes: int = 2
-    threads: int = 32
-    timeout: int = 10  # seconds
-    retries: int = 1
-    user_agent_token: str | None = None  # how to name oneself to the servers
-    disallowed_header_directives: list[str] = field(
-        default_factory=lambda: ["noai", "noimageai", "noindex", "noimageindex"]
-    )  # X-Robots-Tag: images so marked are left alone
-    options: dict[str, Any] = field(default_factory=dict)  # any other option of img2dataset
-    min_success_rate: float = 0.5
-
-
-@dataclass
-class ExistingShardsConfig:
-    """What the rules for shards that exist read: which, and which of their samples."""
-
-    path: str = MISSING
-    held_out_path: str | None = None
-    samples_per_shard: int = 10000
-    select: SelectConfig = field(default_factory=SelectConfig)
-
-
-@dataclass
-class LatentsConfig:
-    crop: str = "center"  # or random
-    posterior: str = "mean"  # of the VAE's posterior keep its mean, one sample, or its moments: mean and deviation
-    seed: int = 0  # of random crops and samples
-    text_encoder: str | None = None  # a component: keep its states of the captions too
-    batch_size: int = 16
-    workers: int = 2  # processes that decode images, a rank
-
-
-@dataclass
-class DataConfig:
-    """`configs/data/{dataset}.yaml`."""
-
-    table: TableConfig = field(default_factory=TableConfig)
-    select: SelectConfig = field(default_factory=SelectConfig)
-    shards: ShardsConfig = field(default_factory=ShardsConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
-
-
-# ---------------------------------------------------------------- components
-@dataclass
-class AutoencoderLoss:
-    """Weights of the terms of the loss; a term of weight 0 is not computed."""
-
-    l1: float = 1.0
-    l2: float = 2.0
-    low_pass: float = 1.0  # L1 of the image averaged over 4x4 blocks
-    gradient: float = 1.0  # L1 of horizontal and vertical differences
-    chroma: float = 1.0  # L1 of R-G and B-G
-    kl: float = 1.0e-4
-    perceptual: float = 0.0  # 1 - cosine of the images' features
-    perceptual_network: str | None = None  # whose: the folder of an image network, a component
-
-
-@dataclass
-class AutoencoderConfig:
-    """How `train_autoencoder` makes a component; sections and keys that a stage has too mean the same."""
-
-    data: str = MISSING  # configs/data/{data}.yaml
-    resolution: int = 64  # pixels a side
-    num_examples_to_see: int = MISSING
-    batch_size: int = 16  # images per process; those of all processes together are an optimizer step
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(params=OptimizerParams(learning_rate=2.0e-3, beta2=0.99))
-    )
-    lr_scheduler: LRConfig = field(
-        default_factory=lambda: LRConfig(
-            scheduler="CosineWithWarmup",
-            # the nearest section of that name: this one lies inside a component's entry too
-            params=LRParams(learning_rate="${...optimizer.params.learning_rate}", warmup_length=100),
-        )
-    )
-    ema_decay: float = 0.999
-    mixed_precision: Literal["bf16"] | None = None  # type: ignore[assignment]
-    save_every: int = 500  # optimizer steps between checkpoints, each with a measurement of held-out images
-    log_every: int = 50
-    max_nonfinite: int = 5
-    max_rollbacks: int = 3
-    wait_minutes: float = 0.0
-    workers: int = 0  # loader processes per rank
-    prefetch: int = 2
-    threads: int | None = None
-    seed: int = 0
-    wandb_mode: Literal["online", "offline", "disabled"] | None = None  # by default online where a key is known
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
-    params: dict[str, Any] = field(default_factory=dict)  # of diffusers' AutoencoderKL
-
-
-@dataclass
-class ComponentConfig:
-    """`configs/components.yaml`, one entry a component."""
-
-    source: str = MISSING  # package, folder, url, hub or train
-    requirement: str | None = None  # package: name==version
-    path: str | None = None  # package: folder or file inside it; folder: the folder; hub: a subfolder
-    url: str | None = None
-    sha256: str | None = None  # of a url's file
-    repo: str | None = None  # hub: owner/name
-    revision: str | None = None  # hub: a commit, 40 hex digits
-    patterns: list[str] = field(default_factory=list)  # files to take; by default all
-    settings: dict[str, Any] = field(default_factory=dict)  # file -> keys to set in that JSON file of the copy
-    train: AutoencoderConfig | None = None
+    data: str | None = key(None, "Dataset: `configs/data/{data}.yaml`")
+    stages: dict[str, Any] = key(MISSING, "Stage name → the keys of this page that differ from the run's, in order")
+    evaluation: EvaluationConfig = section(EvaluationConfig)

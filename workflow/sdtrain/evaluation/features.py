@@ -163,13 +163,6 @@ def read_record(path: str | Path, *keys: str) -> dict:
     return record
 
 
-def positive(text: str, key: str) -> int:
-    """Return a command's argument as a positive whole number. Raise EvaluationError if it is not one."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise EvaluationError(f"{key}={text}: a positive whole number is expected")
-    return int(text)
-
-
 def remake(path: str | Path) -> str:
     """Return the remedy of an error: how to make a result again."""
     return f"make it again: snakemake --force {path}"

@@ -16,9 +16,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from sdtrain.errors import SDTrainError
 
@@ -44,7 +44,7 @@ def expand(address: str | Path) -> list[str]:
     """
     try:
         expanded = list(braceexpand(str(address)))
-    except UnbalancedBracesError:
+    except ValueError:
         raise StorageError(f"{address}: unbalanced braces; write ranges as {{00000..00127}}") from None
     return [found for one in expanded for found in _glob(one)]
 
@@ -62,7 +62,7 @@ def walk(address: str) -> list[str]:
         return sorted(f"{protocol}://{found}" for found in filesystem.find(path))
 
 
-def copy(address: str, file: BinaryIO) -> None:
+def copy(address: str, file: IO[bytes]) -> None:
     """Append all bytes of an address to an open local file. Bash runs a pipe: command, with pipefail."""
     if address.startswith("pipe:"):
         command = ["bash", "-o", "pipefail", "-c", address.removeprefix("pipe:")]
@@ -198,7 +198,7 @@ def _glob(address: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _open(address: str, headers: dict[str, str] | None = None) -> Iterator[BinaryIO]:
+def _open(address: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
     if is_local(address):
         with open(address, "rb") as file:
             yield file

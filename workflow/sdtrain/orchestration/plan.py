@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdtrain.config.fingerprint import freeze_stage
+from sdtrain.config.fingerprint import freeze_stage, slice_text
 from sdtrain.config.load import (
     MODEL_PARTS,
     check_existing,
@@ -67,11 +67,9 @@ class Plan:
             with self._located(f"{where}: select.filters"):
                 check_filters(data.select.filters)
             named |= {data.latents.text_encoder} - {None}
-            with self._located(where):
-                if data.shards.path:
+            if data.shards.path:
+                with self._located(where):
                     check_existing(data.select)
-                if data.shards.parts < 1:
-                    raise ConfigError(f"shards.parts: must be at least 1, got {data.shards.parts}")
         for name in sorted(named):
             self.load_component(name)
 
@@ -93,8 +91,8 @@ class Plan:
         elif wildcards.step == "evaluate":
             part = self.load_run(name).evaluation
         else:
-            return OmegaConf.to_yaml(freeze_stage(self.load_stage(name, stage)), sort_keys=True)
-        return OmegaConf.to_yaml(part, resolve=True, sort_keys=True)
+            return slice_text(freeze_stage(self.load_stage(name, stage)), resolve=False)
+        return slice_text(part)
 
     # ------------------------------------------------------------ stages and milestones
     def milestones(self, run: str, stage: str) -> list[int]:

@@ -1,0 +1,105 @@
+"""Check the keys and values of a configuration against its schema."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdtrain.config.keys import all_keys, keys_of
+from sdtrain.config.schema import StageConfig
+from sdtrain.errors import ConfigError, did_you_mean
+
+BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "greater than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+REPEATED_KEYS = {  # open-diffusion's dataset section repeats these
+    "dataset.params.batch_size": "system.batch_size",
+    "dataset.params.num_examples_to_see": "experiment.num_examples_to_see",
+}
+
+
+def check_keys(schema: type, values: Any, source: str, prefix: str = "") -> None:
+    """Raise ConfigError for an unknown key, for a section that is not a mapping, and for a value that is no choice."""
+    known = keys_of(schema)
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{source}: unknown key {prefix}{name}{did_you_mean(str(name), list(known), prefix)}")
+        key, where = known[name], f"{source}: {prefix}{name}"
+        if value is None or value == "???" or "${" in str(value) and not isinstance(value, dict):
+            continue
+        if isinstance(value, dict) and key.section:
+            check_keys(key.section, value, source, f"{prefix}{name}.")
+        elif key.is_mapping and not isinstance(value, dict):
+            raise ConfigError(f"{where}: must be a mapping of keys, got {value!r}")
+        elif key.choices and value not in key.choices:
+            hint = did_you_mean(str(value), list(key.choices))
+            raise ConfigError(f"{where}: must be one of {', '.join(key.choices)}, got {value!r}{hint}")
+
+
+def check_values(schema: type, config: DictConfig, where: str) -> None:
+    """Raise ConfigError for a value out of its bounds, or in conflict with another key."""
+    values = OmegaConf.to_container(config)
+    for key in all_keys(schema):
+        if bounds := key.metadata.get("bounds"):
+            value = _find(config, values, key.name)
+            if value is not None and not all(BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
+                limits = " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
+                raise ConfigError(f"{where}: {key.name}: must be {limits}, got {value!r}")
+    if issubclass(schema, StageConfig):
+        found = {key.name: _find(config, values, key.name) for key in all_keys(StageConfig) if not key.section}
+        for check in (_check_batch_size, _check_repeated_keys, _check_wait, _check_images):
+            if problem := check(found):
+                raise ConfigError(f"{where}: {problem}")
+
+
+def _find(config: DictConfig, values: Any, name: str) -> Any:
+    """Return the value of a key; None if it or its section is open, or if its interpolation cannot be resolved."""
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else values
+    if values == "???":
+        return None
+    if isinstance(values, str) and "${" in values:
+        with contextlib.suppress(OmegaConfBaseException):  # `require` reports it
+            return OmegaConf.select(config, name, throw_on_missing=False)
+        return None
+    return values
+
+
+def _check_batch_size(values: dict[str, Any]) -> str | None:
+    size = values["system.batch_size"]
+    if size == "auto" and values["distributed.strategy"] == "fsdp":
+        return "system.batch_size: auto needs distributed.strategy=ddp; set a number"
+    if size in (None, "auto") or (isinstance(size, int) and size > 0):
+        return None
+    return f"system.batch_size: must be a positive whole number or auto, got {size!r}"
+
+
+def _check_repeated_keys(values: dict[str, Any]) -> str | None:
+    for key, original in REPEATED_KEYS.items():
+        if values[key] != values[original]:
+            return f"{key}: must equal {original}={values[original]!r}, got {values[key]!r}; set that one"
+    return None
+
+
+def _check_wait(values: dict[str, Any]) -> str | None:
+    """The other ranks wait in a collective for rank 0, which waits for the training folder."""
+    wait, timeout = values["experiment.wait_minutes"], values["distributed.timeout_minutes"]
+    if wait and timeout is not None and wait >= timeout:
+        return f"experiment.wait_minutes: must be less than distributed.timeout_minutes={timeout}, got {wait}"
+    return None
+
+
+def _check_images(values: dict[str, Any]) -> str | None:
+    end = values["experiment.num_examples_to_see"]
+    for key in ("experiment.stop_at", "experiment.milestones"):
+        images = values[key] if isinstance(values[key], list) else [values[key]]
+        if end is not None and any(count is not None and not 0 <= count <= end for count in images):
+            return f"{key}: must be between 0 and num_examples_to_see={end}, got {values[key]!r}"
+    return None

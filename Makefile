@@ -38,11 +38,12 @@ test-slurm: env  ## run the tests that need SLURM, on a temporary cluster of 16 
 	@trap 'tests/slurm/cluster.sh down' EXIT; tests/slurm/cluster.sh up || true; \
 		OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
-lint: env  ## check format and rules of Python and Snakemake files
+lint: env  ## check Python and Snakemake files, and that docs/configuration.md fits the schema
 	ruff format --check .
 	ruff check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+	python -m sdtrain.config.docs --check
 
 types: env  ## check the types of the library with mypy
 	mypy

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,12 +86,17 @@ def keys_of(schema: type) -> dict[str, Key]:
 
 
 @functools.cache
-def all_keys(schema: type, prefix: str = "", decides: bool = True) -> tuple[Key, ...]:
-    """Return the keys of a schema and of the sections in it, each section before its own keys."""
-    found: list[Key] = []
+def all_keys(schema: type) -> tuple[Key, ...]:
+    """Return the keys of a schema and of the sections in it, in dot notation, each section before its own keys."""
+    return tuple(_walk(schema, None, "", True))
+
+
+def _walk(schema: type, values: Any, prefix: str, decides: bool) -> Iterator[Key]:
+    """Yield the keys of a section; `values` is an instance with its defaults, where they differ from the schema's."""
     for entry in keys_of(schema).values():
         own = entry.metadata.get("decides")
-        entry = dataclasses.replace(entry, name=prefix + entry.name, decides=decides if own is None else own)
-        found.append(entry)
-        found += all_keys(entry.section, f"{entry.name}.", entry.decides) if entry.section else ()
-    return tuple(found)
+        default = entry.default if values is None else getattr(values, entry.name)
+        found = Key(prefix + entry.name, entry.hint, default, entry.metadata, decides if own is None else own)
+        yield found
+        if found.section:
+            yield from _walk(found.section, default, f"{found.name}.", found.decides)

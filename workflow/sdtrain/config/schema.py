@@ -146,7 +146,8 @@ class ModelConfig:
     scheduler: PartConfig = section(PartConfig)
     unet: PartConfig = section(PartConfig)
     use_ema: bool = key(
-        False, "Keep an exponential moving average of the weights. The export then holds it as `unet`, and `unet_raw`"
+        False,
+        "Keep an exponential moving average (EMA) of the weights: `unet` of the export; the weights are `unet_raw`",
     )
     ema: EmaConfig = section(EmaConfig)
     mixed_precision: Literal["bf16"] | None = key(

@@ -1,22 +1,21 @@
-"""docs/configuration.md names every key once, with its default, its choices and tests that exist; its YAML loads."""
-
-from __future__ import annotations
+"""docs/configuration.md is generated from the schema, names tests that exist, and its YAML loads."""
 
 import ast
-import dataclasses
 import re
-import typing
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
-from omegaconf import MISSING
+from omegaconf import OmegaConf
 from samples import ROOT
 
-from sdtrain.config import schema, schema_data
-from sdtrain.config.keys import all_keys
+from sdtrain.config import docs, schema, schema_data
+from sdtrain.config.keys import all_keys, key
 from sdtrain.config.load import MODEL_PARTS, load_config, require
+from sdtrain.errors import ConfigError
 from sdtrain.models.parts import load_part
 from sdtrain.training import objective
 
@@ -24,58 +23,34 @@ PAGE = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
 DATA = Path(__file__).resolve().parents[2] / "templates"
 TEST = re.compile(r"`((?:unit|end_to_end|workflow)/[\w/]+\.py)::(\w+)`")
 SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:])
-HEAD = ["key", "from", "default", "meaning", "shown by"]
-WORDS_OF_THE_SEED = {  # keys of its text, and of lines that its template has commented out
+KEYS = [key.name for key in all_keys(schema.StageConfig) if not key.section]
+KEYS_IN_TEXTS = {  # keys in open-diffusion's text, and in lines that its template has commented out
     *("wandb.entity", "model.ema.path", "dataset.params.idx_to_prompt"),
     *(f"model.{part}.{key}" for part in MODEL_PARTS for key in ("pretrained", "target", "params")),
 }
+DOCUMENTED = OmegaConf.load(docs.TESTS)
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every row of the tables in a text, but for rules."""
+    """Return the cells of every row of the tables in a text, without the rules below the headers."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in cells] for cells in lines if not set("".join(cells)) <= set("-: ")]
 
 
-ROWS = [row for row in rows(SECTIONS["Keys"]) if row != HEAD]
-BY_KEY = {row[0].strip("`"): row for row in ROWS}
-
-
-def keys(kind: type, prefix: str = "") -> dict[str, typing.Any]:
-    """Every key of a dataclass and of those in it -> its default."""
-    found, hints = {}, typing.get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[f.name]):
-            found |= keys(hints[f.name], f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    return found
-
-
-KEYS = keys(schema.StageConfig)
-
-
-def shown(value) -> str:
-    """A default as the page writes it: none, and else as in YAML."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 @cache
 def functions(file: str) -> set[str]:
-    """The functions at the top of a file below tests/."""
+    """Return the names of the functions at the top level of a file below tests/."""
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def key_of(path: str) -> str | None:
-    """The key of the schema that a path of a YAML file lies at or below."""
+    """Return the key of the schema that a path of a YAML file is at or below."""
     return next((key for key in KEYS if f"{path}.".startswith(f"{key}.")), None)
 
 
 def paths(values: dict, prefix: str = "") -> list[str]:
-    """The paths of a YAML file's leaves, in dot notation."""
+    """Return the paths of a YAML file's leaves, in dot notation."""
     nested = [
         paths(v, f"{prefix}{k}.") if isinstance(v, dict) and v and key_of(prefix + k) is None else [prefix + k]
         for k, v in values.items()
@@ -84,48 +59,82 @@ def paths(values: dict, prefix: str = "") -> list[str]:
 
 
 # ---------------------------------------------------------------- tables of keys
-def test_every_key_has_one_row_and_every_row_a_key():
-    assert sorted(row[0] for row in ROWS) == sorted(f"`{key}`" for key in KEYS)
-    assert {len(row) for row in ROWS} == {len(HEAD)} and {row[1] for row in ROWS} == {"", "seed"}
+def test_page_is_up_to_date():
+    docs.main(["docs.py", "--check"])
 
 
-def test_a_row_has_the_default_of_the_schema():
-    assert {key: row[2] for key, row in BY_KEY.items()} == {key: f"`{shown(value)}`" for key, value in KEYS.items()}
+def test_outdated_page_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "PAGE", tmp_path / "page.md")
+    docs.PAGE.write_text("old")
+    with pytest.raises(SystemExit, match=r"page.md: differs .*; run: python -m sdtrain.config.docs > docs/"):
+        docs.main(["docs.py", "--check"])
 
 
-def test_a_row_says_what_the_key_means_and_what_it_may_be():
-    assert [key for key, row in BY_KEY.items() if len(row[3].split()) < 2] == []
-    chosen = {key.name: key.choices for key in all_keys(schema.StageConfig) if key.choices}
-    assert [key for key, choices in chosen.items() if any(f"`{c}`" not in BY_KEY[key][3] for c in choices)] == []
-    assert len(chosen) > 10
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("<!-- keys DataConfig latents -->", r"every key must be in one table; not so: .*latents\.crop"),
+        ("<!-- keys LatentConfig -->", "no schema LatentConfig"),
+    ],
+)
+def test_wrong_template_is_an_error(tmp_path, monkeypatch, line, message):
+    text = docs.TEMPLATE.read_text(encoding="utf-8") + f"\n{line}\n"
+    monkeypatch.setattr(docs, "TEMPLATE", tmp_path / "page.in.md")
+    docs.TEMPLATE.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        docs.render()
 
 
-def test_defaults_are_written_in_one_way():
-    values = [MISSING, None, True, 2, 0.1, 1e-8, "${a.b}", ["x", "y"], {}]
-    assert [shown(v) for v in values] == ["???", "none", "true", "2", "0.1", "1e-08", "${a.b}", "[x, y]", "{}"]
+@dataclass
+class Example:
+    size: int = key(3, "Size in pixels", ge=1)
+    kind: Literal["a", "b"] | None = key(None, "Kind | form")
+    names: list[str] = key(["x", "y"], "Names")
+    rate: float = key(1e-8, "Rate", ge=0, lt=1)
+    flag: bool = key(True, "Flag")
 
 
-def test_the_keys_of_the_seed_are_marked_and_no_others():
-    found = set(WORDS_OF_THE_SEED)
+def test_row_has_default_meaning_choices_and_bounds():
+    tests = OmegaConf.create({"open_diffusion": ["size"], "shown_by": {"size": ["unit/test_a.py::test_b"]}})
+    assert docs.table(list(all_keys(Example)), tests).splitlines()[2:] == [
+        "| `size` * | `3` | Size in pixels. At least 1 | `unit/test_a.py::test_b` |",
+        "| `kind` | `none` | Kind \\| form. One of `a`, `b` |  |",
+        "| `names` | `[x, y]` | Names |  |",
+        "| `rate` | `1e-08` | Rate. At least 0 and less than 1 |  |",
+        "| `flag` | `true` | Flag |  |",
+    ]
+
+
+def test_defaults_of_a_section_are_those_of_where_it_is():
+    defaults = {key.name: key.default for key in all_keys(schema_data.AutoencoderConfig)}
+    assert defaults["optimizer.params.beta2"] == 0.99 and defaults["lr_scheduler.params.warmup_length"] == 100
+
+
+@pytest.mark.parametrize("kind", [schema.RunConfig, schema_data.DataConfig, schema_data.ComponentConfig])
+def test_every_key_has_a_meaning(kind):
+    assert [key.name for key in all_keys(kind) if not key.section and not key.metadata.get("help")] == []
+
+
+def test_keys_of_open_diffusion_are_marked():
+    found = set(KEYS_IN_TEXTS)
     for name in ("seed_template", "seed_finetuning"):
         found |= {key_of(path) for path in paths(yaml.safe_load((DATA / f"{name}.yaml").read_text()))}
-    assert {key for key, row in BY_KEY.items() if row[1] == "seed"} == found
+    assert set(DOCUMENTED.open_diffusion) == found
 
 
 # ---------------------------------------------------------------- tests that are named
-def test_every_key_is_shown_by_tests_and_by_nothing_else():
-    cells = {key: row[4] for key, row in BY_KEY.items()}
-    assert [key for key, cell in cells.items() if not TEST.findall(cell) or TEST.sub("", cell).strip(", ")] == []
+def test_every_key_of_a_training_names_tests():
+    assert sorted(DOCUMENTED.shown_by) == sorted(KEYS) and all(DOCUMENTED.shown_by.values())
 
 
-def test_the_tests_that_are_named_exist():
+def test_named_tests_exist():
     named = TEST.findall(PAGE)
     assert [f"{file}::{name}" for file, name in named if name not in functions(file)] == []
     assert len(named) == PAGE.count("::") > len(KEYS)
 
 
-def test_every_correction_of_the_seed_and_every_objective_is_shown():
-    corrections = [line for line in SECTIONS["Where the seed was wrong"].splitlines() if line.startswith("- ")]
+def test_corrections_and_objectives_name_tests():
+    corrections = [line for line in SECTIONS["Where open-diffusion was wrong"].splitlines() if line.startswith("- ")]
     objectives = rows(SECTIONS["Objectives"])[1:]
     assert len(corrections) > 10 and all(TEST.search(line) for line in corrections)
     assert len(objectives) == len(OBJECTIVES) == 8 and all(TEST.search(row[3]) for row in objectives)

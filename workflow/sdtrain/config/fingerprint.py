@@ -36,9 +36,8 @@ def decisive_keys(config: DictConfig) -> dict[str, Any]:
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
     for entry in all_keys(StageConfig):
-        if not entry.section and not (
-            entry.decides and _value(values, entry.name) != entry.metadata.get("neutral", NOT_NEUTRAL)
-        ):
+        is_neutral = _value(values, entry.name) == entry.metadata.get("neutral", NOT_NEUTRAL)
+        if not entry.section and (is_neutral or not entry.decides):
             _remove(values, entry.name)
     for entry in reversed(all_keys(StageConfig)):
         if entry.section and not entry.decides and not _value(values, entry.name):
@@ -52,13 +51,15 @@ def slice_text(config: DictConfig, resolve: bool = True) -> str:
     A key at its neutral value is left out if this is also its default: the file means the same without it, and equals
     the one that was written before the key existed.
     """
-    values: Any = OmegaConf.to_container(config, resolve=resolve)
     schema: Any = OmegaConf.get_type(config)
     neutral = [entry for entry in all_keys(schema) if entry.default == entry.metadata.get("neutral", NOT_NEUTRAL)]
-    for entry in neutral:
-        if _value(values, entry.name) == entry.default:
-            _remove(values, entry.name)
-    return OmegaConf.to_yaml(OmegaConf.create(values), sort_keys=True)
+    if neutral:
+        values: Any = OmegaConf.to_container(config, resolve=resolve)
+        for entry in neutral:
+            if _value(values, entry.name) == entry.default:
+                _remove(values, entry.name)
+        config = OmegaConf.create(values)
+    return OmegaConf.to_yaml(config, resolve=resolve, sort_keys=True)
 
 
 def _value(values: Any, name: str) -> Any:

@@ -38,7 +38,10 @@ def load_config(
     key, a wrong type and a value that is not allowed.
     """
     where = "configuration" if path is None else str(path)
-    values = _read_yaml(path) if values is None and path is not None else OmegaConf.create(values or {})
+    if values is None and path is not None:
+        values = _parse_yaml(_read_text(path), where)
+    elif not isinstance(values, DictConfig):
+        values = OmegaConf.create(values or {})
     try:
         dotlist = OmegaConf.from_dotlist([str(o) for o in overrides])
     except Exception as error:
@@ -46,7 +49,7 @@ def load_config(
             f"command line: {' '.join(overrides)}: must be key=value with a YAML value: {error}"
         ) from error
     config = _structured(schema)
-    for source, layer in ((where, values), ("command line", dotlist)):
+    for source, layer in [(where, values), *([("command line", dotlist)] if overrides else [])]:
         check_keys(schema, OmegaConf.to_container(layer), source)
         try:
             config = OmegaConf.merge(config, layer)
@@ -60,10 +63,10 @@ def load_config(
     return config
 
 
-def _read_yaml(path: str | Path) -> DictConfig:
-    """Return the mapping in a YAML file. Raise ConfigError, with a similar file name, if it cannot be read."""
+def _read_text(path: str | Path) -> str:
+    """Return the text of a file. Raise ConfigError, with a similar file name, if it cannot be read."""
     try:
-        return _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(Path(path).stem, [p.stem for p in Path(path).parent.glob("*.yaml")], 1)
         hint = f"; did you mean {Path(path).parent / (near[0] + '.yaml')}?" if near else ""
@@ -113,10 +116,16 @@ def config_folder() -> Path:
     return Path(os.environ.get(CONFIGS, "configs"))
 
 
+def _read_source(name: str) -> tuple[str, str]:
+    """Return the path and the text of `configs/{name}.yaml`, by which loaded configurations are cached."""
+    path = config_folder() / f"{name}.yaml"
+    return str(path), _read_text(path)
+
+
 # ---------------------------------------------------------------- runs and stages
 def load_run(run: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return `configs/{run}.yaml` with its overrides. Raise ConfigError if the run or one of its stages is wrong."""
-    source = _source(run, overrides)
+    source = *_read_source(run), tuple(overrides)
     config = _load_run(*source)
     if OmegaConf.is_missing(config, "stages") or not config.stages:
         raise ConfigError(f"{source[0]}: stages: at least one stage is needed, such as stages: {{stage1: {{}}}}")
@@ -131,14 +140,7 @@ def load_stage(run: str, stage: str, overrides: Sequence[str] = ()) -> DictConfi
     Paths that the workflow decides (log folder, project, name, dataset path, initial weights) are set if the file
     leaves them open.
     """
-    return copy.deepcopy(_load_stage(*_source(run, overrides), stage))
-
-
-def _source(run: str, overrides: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
-    """Return what a run's configuration is made of: the path and the text of its file, and the overrides."""
-    path = config_folder() / f"{run}.yaml"
-    _read_yaml(path)
-    return str(path), path.read_text(encoding="utf-8"), tuple(map(str, overrides))
+    return copy.deepcopy(_load_stage(*_read_source(run), tuple(overrides), stage))
 
 
 @functools.lru_cache(maxsize=16)
@@ -219,14 +221,14 @@ def pass_on_key(config: DictConfig) -> None:
 # ---------------------------------------------------------------- components
 def load_components() -> dict[str, DictConfig]:
     """Return the entries of `configs/components.yaml`."""
-    path = config_folder() / "components.yaml"
-    entries: Any = OmegaConf.to_container(_read_yaml(path))
+    path, text = _read_source("components")
+    entries: Any = OmegaConf.to_container(_parse_yaml(text, path))
     return {str(name): _load_component(f"{path}: {name}", entry) for name, entry in entries.items()}
 
 
-def load_component(name: str) -> DictConfig:
-    """Return one entry of `configs/components.yaml`."""
-    entries = load_components()
+def load_component(name: str, entries: dict[str, DictConfig] | None = None) -> DictConfig:
+    """Return one of the entries that `load_components` returned, by default of a new call."""
+    entries = load_components() if entries is None else entries
     if name not in entries:
         path = config_folder() / "components.yaml"
         raise ConfigError(f"{path}: no component {name!r}{did_you_mean(name, list(entries))}")
@@ -283,4 +285,4 @@ def check_existing(select: DictConfig) -> None:
     """Raise ConfigError for a selection that is possible for the rows of a table, but not for existing shards."""
     for key in ("deduplicate", "rows"):
         if select[key] is not None:
-            raise ConfigError(f"select.{key}: only for tables; remove it, or set select.filters for shards")
+            raise ConfigError(f"select.{key}: is for tables only; remove it, or set select.filters for shards")

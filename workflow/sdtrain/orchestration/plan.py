@@ -39,9 +39,9 @@ class Plan:
         self.load_run = self._read(lambda name: load_run(name, overrides if name == run else []))
         self.load_stage = self._read(lambda name, stage: load_stage(name, stage, overrides if name == run else []))
         self.load_data = self._read(load_data)
-        self.data_slice = self._read(lambda name, step: data_slice(load_data(name), step))
+        self.data_slice = self._read(lambda name, step: data_slice(self.load_data(name), step))
         self.load_components = self._read(load_components)
-        self.load_component = self._read(load_component)
+        self.load_component = self._read(lambda name: load_component(name, self.load_components()))
 
     def _read(self, function: Callable) -> Callable:
         @functools.cache

@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -39,14 +40,14 @@ class ModelError(SDTrainError, ValueError):
 class Parts:
     """The components of a latent diffusion model; `folders` maps frozen components to their local folders."""
 
-    vae: nn.Module
-    text_encoder: nn.Module
-    tokenizer: object
-    scheduler: object
-    unet: nn.Module
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    unet: Any
     folders: dict[str, Path] = field(default_factory=dict)
 
-    def named(self) -> dict[str, object]:
+    def named(self) -> dict[str, Any]:
         """Return the frozen components by their names in a diffusers pipeline."""
         return {name: getattr(self, name) for name in PARTS}
 
@@ -138,7 +139,7 @@ def check_resolution(parts: Parts, resolution: int) -> int:
     return side
 
 
-def check_length(tokenizer, text_encoder: nn.Module) -> None:
+def check_length(tokenizer: Any, text_encoder: Any) -> None:
     """Raise ModelError if the tokenizer pads captions to more tokens than the text encoder takes, or without limit."""
     length, limit = tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None)
     if length > (limit or 10_000):  # without an entry in tokenizer_config.json it is 10^30; T5 has no limit
@@ -188,8 +189,9 @@ def _text_encoder_class(source: str, where: dict):
 
 
 def _from_target(name: str, part):
-    cls, params = _target_class(name, part.target), OmegaConf.to_container(part.params, resolve=True)
-    if "vocab_file" in params:  # transformers 5 passes over it, and makes up numbers for tokens
+    cls = _target_class(name, part.target)
+    params: Any = OmegaConf.to_container(part.params, resolve=True)
+    if "vocab_file" in params:  # transformers 5 ignores it silently and returns wrong token ids
         raise ModelError(
             f"model.{name}.params.vocab_file: is not read; set vocab and merges, or model.{name}.pretrained"
         )
@@ -200,8 +202,8 @@ def _from_target(name: str, part):
 
 def _changed_scheduler(scheduler, part):
     """Return a pretrained scheduler with the class and the parameters of its section."""
-    cls = _target_class("scheduler", part.target) if part.target else type(scheduler)
-    params = OmegaConf.to_container(part.params, resolve=True)
+    cls: Any = _target_class("scheduler", part.target) if part.target else type(scheduler)
+    params: Any = OmegaConf.to_container(part.params, resolve=True)
     if unknown := sorted(params.keys() - inspect.signature(cls).parameters.keys()):
         raise ModelError(f"model.scheduler.params.{unknown[0]}: {cls.__name__} has no such parameter")
     with _refusals("scheduler", cls):
@@ -338,7 +340,7 @@ def _try_kernel(unet: nn.Module, name: str, device: torch.device, dtype: torch.d
             raise ModelError(f"model.attention: {name} cannot run {case}; leave it out, or name another") from error
 
 
-def _use_xformers(unet: nn.Module) -> None:
+def _use_xformers(unet: Any) -> None:
     try:
         unet.enable_xformers_memory_efficient_attention()
     except ModuleNotFoundError:
@@ -354,7 +356,7 @@ class TextEncoding:
     The states of the last `cache` captions are cached, so that small datasets encode each caption once.
     """
 
-    def __init__(self, tokenizer, encoder: nn.Module, device: torch.device, cache: int = 2048):
+    def __init__(self, tokenizer: Any, encoder: Any, device: torch.device, cache: int = 2048):
         self.tokenizer, self.encoder, self.device, self.cache = tokenizer, encoder, device, cache
         self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
 
@@ -384,7 +386,7 @@ class TextEncoding:
         return self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float()
 
 
-def encode_images(vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+def encode_images(vae: Any, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
     """Return the scaled latents, float32 N x C x h x w, of images N x 3 x H x W in [-1, 1].
 
     They are the mean of the posterior or, with standard normal `noise` of their shape, mean + deviation * noise.
@@ -394,7 +396,7 @@ def encode_images(vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | No
 
 
 @torch.no_grad()
-def encode_moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_moments(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and deviation of the posterior of images N x 3 x H x W in [-1, 1], both float32 and scaled."""
     posterior = vae.encode(pixels).latent_dist
     mean = (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
@@ -402,7 +404,7 @@ def encode_moments(vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
-def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Images N x 3 x H x W, float32 in [-1, 1], of scaled latents."""
     return (
         vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.float().clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Components are fetched whole or not at all, by the real command, from real servers on this machine."""
+"""Download of model components: complete or not at all, by the command, from servers on this machine."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_package_file(fetch):
         ({"requirement": "PyYAML"}, ["not pinned", "name==version"]),
         ({"path": "yaml/nothing"}, ["path: ", "no files there"]),
         ({"path": "../yaml"}, ["path: '../yaml'", "without '..'"]),
-        ({"path": None}, ["path: needed"]),
+        ({"path": None}, ["path: must be set"]),
         ({"patterns": ["*.safetensors"]}, ["patterns: '*.safetensors'", "matches no file"]),
         ({"settings": {"absent.json": {"a": 1}}}, ["settings: absent.json", "no such file"]),
         ({"settings": {"__init__.py": {"a": 1}}}, ["settings: __init__.py", "JSON object"]),
@@ -231,7 +231,7 @@ def test_url_that_breaks_off_is_resumed(fetch, server):
 
 def test_url_that_always_breaks_off(fetch, server):
     server.routes["/files/net.pt"] = lambda h: h.answer(BODY[:100], length=len(BODY))
-    refused(fetch(url_component(server)), f"broke off after 100 of {len(BODY)} bytes", "run again")
+    refused(fetch(url_component(server)), f"the transfer ended after 100 of {len(BODY)} bytes", "run again")
 
 
 def test_url_not_found_is_not_tried_again(fetch, server):
@@ -254,9 +254,9 @@ def test_url_without_a_server(fetch, server):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"sha256": None}, ["sha256: needed"]),
+        ({"sha256": None}, ["sha256: must be set"]),
         ({"sha256": "abc"}, ["64 hex digits"]),
-        ({"url": "file:///etc/passwd"}, ["neither http nor https"]),
+        ({"url": "file:///etc/passwd"}, ["must be the http or https address"]),
         ({"url": "http://127.0.0.1:1/%2e%2e"}, ["url: '..'"]),
     ],
 )
@@ -348,7 +348,7 @@ def test_hub_file_that_differs_from_the_commit(fetch, hub, path):
     "change, words",
     [
         ({"revision": "main"}, ["revision: 'main'", "40 hex digits", "branches and tags move"]),
-        ({"revision": None}, ["revision: needed"]),
+        ({"revision": None}, ["revision: must be set"]),
         ({"revision": "f" * 40}, ["lab/net", "f" * 40, "Check repo, revision"]),
         ({"repo": "lab/absent"}, ["lab/absent", "Check repo"]),
         ({"patterns": ["*.onnx"]}, ["patterns: '*.onnx'", "matches no file", "tokenizer/vocab.json"]),
@@ -365,7 +365,7 @@ def test_hub_file_name_that_leaves_the_folder(fetch, hub):
 
 
 def test_hub_offline(fetch, hub):
-    refused(fetch(HUB, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "connected machine")
+    refused(fetch(HUB, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "internet access")
     assert hub.asked == []
 
 

@@ -117,7 +117,7 @@ def test_every_key_has_a_meaning(kind):
 
 def test_keys_of_open_diffusion_are_marked():
     found = set(KEYS_IN_TEXTS)
-    for name in ("seed_template", "seed_finetuning"):
+    for name in ("open_diffusion_template", "open_diffusion_finetuning"):
         found |= {key_of(path) for path in paths(yaml.safe_load((DATA / f"{name}.yaml").read_text()))}
     assert set(DOCUMENTED.open_diffusion) == found
 

@@ -1,4 +1,4 @@
-"""Tests of locks, links and replaced folders."""
+"""Tests of atomic writes, locks, links and replaced folders."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ import threading
 from pathlib import Path
 
 import pytest
+from samples import ROOT
 
 from sdtrain.io import files
-from sdtrain.io.files import FileError, LockedError, hold_lock, replace_folder, replace_link
+from sdtrain.io.files import (
+    FileError,
+    LockedError,
+    hold_lock,
+    read_json,
+    replace_folder,
+    replace_link,
+    write_json,
+    write_text,
+)
 
 
 def python(code: str, *arguments) -> subprocess.Popen:
@@ -95,3 +105,35 @@ def test_replace_folder_replaces_an_older_folder(tmp_path):
         (tmp_path / "aside" / text).touch()
         replace_folder(tmp_path / "aside", tmp_path / "folder")
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["new"]
+
+
+# ---------------------------------------------------------------- atomic writes
+def test_write_text_leaves_no_temporary_file(tmp_path):
+    file = tmp_path / "new/folder/a.txt"
+    write_text(file, "é\n")
+    write_text(file, "two")
+    assert file.read_text() == "two" and os.listdir(file.parent) == ["a.txt"]
+
+
+def test_full_disk_keeps_the_old_text(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    code = (
+        "import resource, signal, sys\n"
+        "from sdtrain.io.files import write_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_text(sys.argv[1], 'x' * 100_000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT / "workflow", capture_output=True, text=True)
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_unreadable_json_names_the_file(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1]})
+    assert read_json(tmp_path / "a.json") == {"é": [1]}
+    (tmp_path / "b.json").write_text("{")
+    for name in ("b.json", "absent.json"):
+        with pytest.raises(FileError, match=rf"{name}: not a readable JSON file .*make it again: snakemake --force"):
+            read_json(tmp_path / name)

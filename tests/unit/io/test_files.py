@@ -18,7 +18,11 @@ from sdtrain.io import files
 from sdtrain.io.files import (
     FileError,
     LockedError,
+    atomic_folder,
+    atomic_path,
     hold_lock,
+    is_locked,
+    lock_owner,
     read_json,
     replace_folder,
     replace_link,
@@ -80,6 +84,45 @@ def test_a_process_waits_for_a_lock(tmp_path, capsys):
     holder.communicate()
 
 
+FORK = """
+import os, sys, time
+from sdtrain.io.files import hold_lock
+with hold_lock(sys.argv[1]):
+    if os.fork() == 0:
+        time.sleep(300)
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+"""
+
+
+def test_forked_processes_do_not_hold_the_lock(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", FORK, str(tmp_path / ".lock")],
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert int(parent.stdout.readline()) == parent.pid and is_locked(tmp_path / ".lock")
+        parent.kill()
+        parent.wait(timeout=60)
+        assert not is_locked(tmp_path / ".lock")
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)  # the forked process
+        parent.communicate(timeout=60)
+
+
+def test_read_only_lock_file_tells_whether_it_is_held(tmp_path):
+    assert is_locked(tmp_path / ".lock") is False and lock_owner(tmp_path / ".lock") == ""
+    holder = python(HOLD, tmp_path / ".lock")
+    assert holder.stdout.readline() == "held\n"
+    (tmp_path / ".lock").chmod(0o444)
+    assert is_locked(tmp_path / ".lock") and lock_owner(tmp_path / ".lock").startswith(f"process {holder.pid} on ")
+    holder.kill()
+    holder.communicate(timeout=60)
+    assert is_locked(tmp_path / ".lock") is False
+
+
 # ---------------------------------------------------------------- folders and links
 def test_a_link_is_replaced_and_moves_with_its_folder(tmp_path):
     for name in ("1", "2"):
@@ -137,3 +180,42 @@ def test_unreadable_json_names_the_file(tmp_path):
     for name in ("b.json", "absent.json"):
         with pytest.raises(FileError, match=rf"{name}: not a readable JSON file .*make it again: snakemake --force"):
             read_json(tmp_path / name)
+
+
+KILLED = """
+import os, signal, sys
+from sdtrain.io.files import atomic_folder, atomic_path
+with (atomic_folder if sys.argv[2] == "folder" else atomic_path)(sys.argv[1]) as path:
+    (path / "half" if path.is_dir() else path).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_killed_write_keeps_the_old_content_and_leaves_one_temporary(tmp_path, kind):
+    def write(text: str) -> None:
+        with (atomic_folder if kind == "folder" else atomic_path)(tmp_path / "it") as path:
+            (path / "text" if kind == "folder" else path).write_text(text)
+
+    def text() -> str:
+        return (tmp_path / "it/text" if kind == "folder" else tmp_path / "it").read_text()
+
+    write("old")
+    for _ in range(2):
+        killed = python(KILLED, tmp_path / "it", kind)
+        assert killed.wait(timeout=60) == -signal.SIGKILL
+        killed.communicate()
+        assert text() == "old" and sorted(os.listdir(tmp_path)) == [".it.tmp", "it"]
+    write("new")
+    assert text() == "new" and os.listdir(tmp_path) == ["it"]
+    if kind == "folder":
+        assert os.listdir(tmp_path / "it") == ["text"]
+
+
+@pytest.mark.parametrize("write", [atomic_path, atomic_folder])
+def test_error_keeps_the_old_content(tmp_path, write):
+    (tmp_path / "it").mkdir()
+    with pytest.raises(KeyboardInterrupt), write(tmp_path / "it") as path:
+        (path / "new" if path.is_dir() else path).write_text("new")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["it"] and os.listdir(tmp_path / "it") == []

@@ -30,9 +30,10 @@ from sdtrain import distributed
 from sdtrain.config import schema
 from sdtrain.config.load import load_config, load_run
 from sdtrain.training import checkpoint, objective, parallel, telemetry
-from sdtrain.training.diffusion_task import Network, batch_losses
+from sdtrain.training.diffusion_task import QUARTILES, DiffusionTask, Network
 from sdtrain.training.ema import Ema, trainable
-from sdtrain.training.optimizer import adamw, state_by_name
+from sdtrain.training.optimizer import build_optimizer, state_by_name
+from sdtrain.training.step import Gradient, Sizes, all_reduce_report, apply_gradient, compute_gradient
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 CPU, ALONE = torch.device("cpu"), distributed.World(0, 1, 0, "single")
@@ -46,7 +47,7 @@ SMALL = {  # 35 M weights
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
-LATENTS_256, STATES_77, SWEEP = 32, 77, (16, 32, 64, 128, 256)  # the seed's latents, tokens; images a micro-batch
+LATENTS_256, STATES_77, SWEEP = 32, 77, (16, 32, 64, 128, 256)  # latents of sd-v1, tokens; images a micro-batch
 SWITCHES = {"bf16": True, "channels_last": True, "fused": True, "compile": "blocks", "checkpointing": False}
 CHANGES = (
     {"compile": None},
@@ -67,23 +68,25 @@ def inputs(unet: nn.Module, images: int, side: int, tokens: int, device: torch.d
     return {"latents": latents.to(device), "text": text.to(device)}
 
 
-class Ours:
-    """The step of train.py: its own functions in its own order."""
+class Ours(DiffusionTask):
+    """The step of the training loop, on one batch."""
 
     def __init__(self, params: dict, images: int, side: int, tokens: int, device=CPU, here=ALONE, strategy="ddp", **on):
         torch.manual_seed(0)
-        self.here, self.images, self.number = here, images, 0
+        self.sizes, self.number = Sizes(here.rank, here.size, images, accumulation=1), 0
         unet, bf16 = UNet2DConditionModel(**params).to(device).train(), on.get("bf16", False)
-        self.batch = inputs(unet, images, side, tokens, device, seed=here.rank)
+        self.batch = inputs(unet, images, side, tokens, device, seed=here.rank) | {"lost": {}}
         self.dataset = SimpleNamespace(empty_text=torch.zeros(1, tokens, unet.config.cross_attention_dim))
-        self.settings = load_config(schema.ObjectiveConfig)
+        optimizer = load_config(schema.OptimizerConfig, values={"fused": on.get("fused", True)})
+        self.settings = SimpleNamespace(objective=load_config(schema.ObjectiveConfig), optimizer=optimizer, seed=0)
+        self.losses = [f"q{i + 1}" for i in range(QUARTILES)]
         if on.get("checkpointing"):
             unet.enable_gradient_checkpointing()
         if on.get("channels_last"):
             unet.to(memory_format=torch.channels_last)
         parallel.compile_model(unet, on.get("compile"))
         model = parallel.spread(unet, strategy, here.size, device, bf16)
-        self.optimizer = adamw(unet, load_config(schema.OptimizerConfig, values={"fused": on.get("fused", True)}))
+        self.optimizer = build_optimizer(unet, optimizer)
         self.net = Network(
             parts=None,
             unet=unet,
@@ -100,31 +103,24 @@ class Ours:
             lora=False,
             flops=0,
         )
+        self.module, self.model, self.ema = unet, model, self.net.ema
 
     def step(self) -> float:
-        """One optimizer step of one micro-batch; returns the loss of all ranks."""
+        """Take one optimizer step of one micro-batch; return the loss of all ranks."""
         loss = self.backward()
         self.update()
         return loss
 
     def backward(self) -> float:
-        """Forward, backward, norm of the gradient, and the report that the ranks agree on."""
-        n = self.images * self.here.size
-        slots = range(self.here.rank * self.images, (self.here.rank + 1) * self.images)
-        draws = objective.draw(self.settings, 0, self.number * n, n, slots)
-        torch.manual_seed(draws.offset_seeds[0])
-        with parallel.exchange(self.net.model, now=True), self.net.kernel:
-            each = batch_losses(self.net, self.batch, draws, self.dataset, self.settings)
-            each.mean().backward()
-        norm = parallel.clip_gradients(self.net.unet, 1.0)
-        losses, bad = each.detach().double(), ~torch.isfinite(norm)
-        return report(losses.sum(), bad)[0] / n
+        """Compute the gradient and the report of all ranks; return the loss of all ranks."""
+        n = self.sizes.global_batch
+        gradient = compute_gradient(self, lambda: self.batch, self.number * n, self.sizes)
+        return sum(all_reduce_report(gradient, [0.0] * 4).losses) / n
 
     def update(self) -> None:
-        """Optimizer and moving average."""
+        """Update weights and moving average."""
         self.number += 1
-        self.optimizer.step()
-        self.net.ema.update(self.net.unet, self.number)
+        apply_gradient(self, self.optimizer, self.number)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict:
@@ -138,12 +134,6 @@ class Ours:
         moments = [t for w in weights for t in self.optimizer.state[w].values()]
         held = [*weights, *(w.grad for w in weights), *moments, *self.net.ema.weights.values()]
         return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held)
-
-
-def report(loss: torch.Tensor, bad: torch.Tensor) -> list[float]:
-    """The sums of a step over all ranks: as many numbers as train.py's, in one exchange."""
-    rest = torch.zeros(10, dtype=torch.float64, device=loss.device)
-    return distributed.total(torch.cat([loss[None], bad[None], rest])).tolist()
 
 
 class Plain:
@@ -199,8 +189,9 @@ def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent
         held = held or training.bytes()  # with its gradients
         training.update()
         parent.send((loss, time.perf_counter() - begin))
-    peak, zero = memory("VmHWM") - before, torch.zeros((), dtype=torch.float64)
-    reports = [seconds(lambda: report(zero, zero > 0)) for _ in range(50)]
+    peak, zeros = memory("VmHWM") - before, torch.zeros(QUARTILES, dtype=torch.float64)
+    empty = Gradient(zeros, zeros, zeros.sum(), 0.0, 0)
+    reports = [seconds(lambda: all_reduce_report(empty, [0.0] * 4)) for _ in range(50)]
     parent.send({"held": held, "peak": peak, "report": statistics.median(reports)})
     distributed.stop()
 
@@ -314,14 +305,14 @@ def compare_saves(training: Ours) -> None:
 
 
 # ---------------------------------------------------------------- the GPU
-def seed_unet() -> dict:
-    """The arguments of the seed's UNet."""
+def sd_v1_unet() -> dict:
+    """Return the arguments of the UNet of sd-v1."""
     return OmegaConf.to_container(load_run("sd-v1").model.unet.params)
 
 
 def speed(pipe, kind: type, images: int, steps: int, switches: dict) -> None:
-    """Images a second, MFU and bytes at their peak of the seed's UNet at 256 px, to the pipe; None for too many."""
-    device, params = distributed.only_device(), seed_unet()
+    """Images a second, MFU and bytes at their peak of the UNet of sd-v1 at 256 px, to the pipe; None for too many."""
+    device, params = distributed.only_device(), sd_v1_unet()
     try:
         training = kind(params, images, LATENTS_256, STATES_77, device, **switches)
         for _ in range(5):  # the first compiles
@@ -353,7 +344,7 @@ def gpu_row(kind: type, images: int, steps: int, name: str, switches: dict, plai
 
 
 def compare_on_gpu(steps: int) -> None:
-    """The seed's whole UNet: the plain loop, each switch turned over, then the micro-batch."""
+    """The whole UNet of sd-v1: the plain loop, each switch turned over, then the micro-batch."""
     print(
         f"\n{torch.cuda.get_device_name()}, UNet of sd-v1, 256 px, {steps} steps; all on: bf16, channels_last, fused,"
     )

@@ -17,7 +17,6 @@ import yaml
 from PIL import Image
 from pyarrow import csv
 from safetensors.torch import load_file
-from samples import load_script
 from trainings import SCRIPTS, environment, last_checkpoint, log, losses, part, refused, same, weights
 
 from sdtrain import distributed
@@ -30,6 +29,8 @@ from sdtrain.data.stream import batches
 from sdtrain.io.files import write_json, write_text
 from sdtrain.models.pipeline import generate, load_pipeline
 from sdtrain.training import identity
+from sdtrain.training.diffusion_task import DiffusionTask, read_captions
+from sdtrain.training.loop import train as train_task
 
 RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
@@ -121,7 +122,7 @@ def test_a_process_has_the_threads_it_is_told(tmp_path, stage_values):
     cfg, before = load_config(schema.StageConfig, values=stage_values, overrides=options), torch.get_num_threads()
     write_json(tmp_path / "tiny/stage1/16/train.json", {"fingerprint": identity.identify(cfg, 2).key})
     try:
-        assert load_script("train").train(cfg, distributed.world({}), torch.device("cpu"), stop=None)
+        assert train_task(DiffusionTask(cfg), distributed.world({}), torch.device("cpu"), stop=None)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -362,7 +363,7 @@ def test_captions_may_be_a_column_of_a_table(tmp_path, stage_values):
     (tmp_path / "captions.csv").write_text('uid,caption\n1,"a red, square"\n2,\n3,a circle\n')
     values = {"log_dir": "", "project": "", "name": "", "eval_caption_file": f"{tmp_path}/captions.csv"}
     experiment = load_config(schema.ExperimentConfig, values=values)
-    assert load_script("train").read_captions(experiment) == ["a red, square", "a circle"]
+    assert read_captions(experiment) == ["a red, square", "a circle"]
 
 
 @pytest.mark.parametrize("text", [None, "\n \n"])

@@ -13,6 +13,7 @@ from sdtrain import distributed
 from sdtrain.config import schema
 from sdtrain.config.load import load_config
 from sdtrain.distributed import DistError, World
+from sdtrain.training import parallel
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2", "SLURM_JOB_ID": "123456"}
@@ -31,7 +32,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2",
 )
 def test_world_reads_the_launcher(environ, expected):
     assert distributed.world(environ) == expected
-    assert expected.main == (expected.rank == 0)
+    assert expected.is_main == (expected.rank == 0)
 
 
 @pytest.fixture
@@ -77,20 +78,24 @@ def alone(monkeypatch):
 
 def test_another_number_of_ranks_than_planned_is_refused():
     here = World(0, 2, 0, "slurm")
-    distributed.require_planned(None, here)
-    distributed.require_planned(2, here)
+    distributed.check_world_size(None, here)
+    distributed.check_world_size(2, here)
     with pytest.raises(
-        DistError, match="distributed.world_size: 128 ranks were planned and 2 came .slurm.; .*launch line"
+        DistError, match="distributed.world_size: 128 ranks were planned, but 2 were started .slurm.; .*launch line"
     ):
-        distributed.require_planned(128, here)
+        distributed.check_world_size(128, here)
 
 
 def test_one_process_needs_no_group(alone):
     here, device = distributed.start()
     assert here == World(0, 1, 0, "single") and device.type in ("cpu", "cuda")
-    assert distributed.total(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
-    assert distributed.least(7, torch.device("cpu")) == 7 and distributed.gather("a") == ["a"]
-    assert distributed.from_main("a") == "a" and distributed.cpu_group() is None and distributed.silent_ranks() == []
+    assert distributed.all_reduce_sum(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
+    assert distributed.all_reduce_min(7, torch.device("cpu")) == 7 and distributed.gather_objects("a") == ["a"]
+    assert (
+        distributed.broadcast_object("a") == "a"
+        and distributed.cpu_group() is None
+        and distributed.silent_ranks() == []
+    )
     distributed.barrier()
     distributed.stop()
 
@@ -100,7 +105,7 @@ def test_nccl_without_cuda_says_what_to_set(alone):
     assert distributed.start("nccl")[0].size == 1  # one process needs no backend: the seed's files run on a laptop
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         alone.setenv(name, value)
-    with pytest.raises(DistError, match="nccl needs CUDA, which is not here; set distributed.dist_backend=gloo"):
+    with pytest.raises(DistError, match="nccl needs CUDA, which is not available; set distributed.dist_backend=gloo"):
         distributed.start("nccl")
 
 
@@ -108,16 +113,16 @@ def test_nccl_without_cuda_says_what_to_set(alone):
 def test_processes_that_cannot_meet_say_where(alone):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         alone.setenv(name, value)
-    with pytest.raises(DistError, match="dist_backend=gloo, distributed.dist_url=env://: 2 processes cannot meet"):
+    with pytest.raises(DistError, match="dist_backend=gloo, distributed.dist_url=env://: 2 processes could not join"):
         distributed.start("gloo", timeout_minutes=0.01)
-    with pytest.raises(DistError, match="dist_backend=glue, .*cannot meet"):
+    with pytest.raises(DistError, match="dist_backend=glue, .*could not join"):
         distributed.start("glue", timeout_minutes=0.01)
 
 
 def agree(rank: int):
-    sums = distributed.total(torch.tensor([float(rank), 10.0])).tolist()
-    assert distributed.cpu_group(1.0).size() == 2 and distributed.from_main(["of", rank]) == ["of", 0]
-    return sums, distributed.least(5 - rank, torch.device("cpu")), distributed.gather({"rank": rank})
+    sums = distributed.all_reduce_sum(torch.tensor([float(rank), 10.0])).tolist()
+    assert distributed.cpu_group(1.0).size() == 2 and distributed.broadcast_object(["of", rank]) == ["of", 0]
+    return sums, distributed.all_reduce_min(5 - rank, torch.device("cpu")), distributed.gather_objects({"rank": rank})
 
 
 def test_ranks_add_up_and_agree():
@@ -130,7 +135,7 @@ def meet(rank: int, system) -> list[float]:
     """Leave the group and meet again where a `system` section says."""
     distributed.stop()
     distributed.start(system.dist_backend, system.dist_url, timeout_minutes=0.5)
-    return distributed.total(torch.tensor([1.0, float(rank)])).tolist()
+    return distributed.all_reduce_sum(torch.tensor([1.0, float(rank)])).tolist()
 
 
 def test_ranks_meet_where_they_are_told(tmp_path):
@@ -145,7 +150,7 @@ def lose(rank: int, dead: int, folder) -> list[int]:
     if rank == dead:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        distributed.total(torch.zeros(1))
+        distributed.all_reduce_sum(torch.zeros(1))
     except RuntimeError:
         silent = distributed.silent_ranks(2.0)
         (folder / str(rank)).write_text(str(silent))
@@ -174,36 +179,36 @@ def system(**values):
     ],
 )
 def test_the_global_batch_decides_the_accumulation(values, world_size, expected):
-    assert distributed.batch_sizes(system(**values), world_size) == expected
+    assert parallel.batch_sizes(system(**values), world_size) == expected
 
 
 def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
     with pytest.raises(
-        DistError, match="global_batch: 50 is no multiple of 2 ranks x system.batch_size=8; set it to 48"
+        DistError, match="global_batch: 50 is not a multiple of 2 ranks x system.batch_size=8; set it to 48"
     ):
-        distributed.batch_sizes(system(batch_size=8, global_batch=50), 2)
+        parallel.batch_sizes(system(batch_size=8, global_batch=50), 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
 def test_auto_needs_a_gpu():
-    with pytest.raises(DistError, match="system.batch_size: auto looks for what fits a GPU, and there is none"):
-        distributed.batch_sizes(system(batch_size="auto", global_batch=64), 2)
+    with pytest.raises(DistError, match="system.batch_size: auto measures what fits a GPU, and there is none"):
+        parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2)
 
 
 def test_auto_needs_a_global_batch_of_whole_shares(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert distributed.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, None, 64)
+    assert parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, None, 64)
     for size in (None, 63):
         with pytest.raises(DistError, match=f"system.global_batch, a multiple of the 2 ranks; it is {size}"):
-            distributed.batch_sizes(system(batch_size="auto", global_batch=size), 2)
+            parallel.batch_sizes(system(batch_size="auto", global_batch=size), 2)
 
 
 # ---------------------------------------------------------------- signals
 def test_signals_are_noted_and_at_the_end_ignored():
-    before = {number: signal.getsignal(number) for number in distributed.Stop.SIGNALS}
+    before = {number: signal.getsignal(number) for number in distributed.StopHandler.SIGNALS}
     try:
-        for number in distributed.Stop.SIGNALS:
-            stop = distributed.Stop()
+        for number in distributed.StopHandler.SIGNALS:
+            stop = distributed.StopHandler()
             stop.listen()
             assert stop.name is None and not stop.agreed
             os.kill(os.getpid(), number)

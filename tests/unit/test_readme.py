@@ -96,7 +96,7 @@ def test_paths_of_the_source_that_a_page_names_exist(page):
 QUOTED = (  # our own messages that docs/slurm.md explains
     *("waiting for SLURM jobs of an earlier invocation", "saved ahead of the time limit", "has no launch line"),
     *("the checkpoint before it is untouched", "another process is training here", "is not on this node"),
-    *("ranks were planned", "is no multiple of", "has lost rank", "which died or hangs", "no progress for"),
+    *("ranks were planned", "is not a multiple of", "has lost rank", "which died or hangs", "no progress for"),
 )
 
 

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     settings, own = command_line(argv, schema_data.LatentsConfig, __doc__, **keys)
     here, output = distributed.world(), Path(own["output"])
     component = f"resources/components/{settings.text_encoder}" if settings.text_encoder else None
-    with one_line_errors("" if here.main else f"rank {here.rank}: "):
+    with one_line_errors("" if here.is_main else f"rank {here.rank}: "):
         if not own["resolution"].isdigit():
             raise ConfigError(f"resolution={own['resolution']}: expected a number of pixels")
         text = own["text_encoder"] or component

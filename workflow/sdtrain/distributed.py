@@ -1,7 +1,4 @@
-"""This process among all ranks: rank and world size from torchrun, else SLURM, else one process; sums, signals.
-
-The only reader of the launchers' variables.
-"""
+"""Rank, world size, collectives and signals; the only reader of the launchers' environment variables."""
 
 from __future__ import annotations
 
@@ -14,26 +11,27 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from sdtrain.errors import SDTrainError
 
-STOPPED = os.EX_TEMPFAIL  # 75: the exit code of a process that a signal stopped, with everything saved
+STOPPED = os.EX_TEMPFAIL  # 75: exit code of a process that saved a checkpoint and ended because of a signal
 
 
 class DistError(SDTrainError, RuntimeError):
-    """A launch that cannot work; the message names the key and the remedy."""
+    """A launch that cannot work."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """The place of this process in the process group."""
 
     rank: int
     size: int
@@ -41,17 +39,17 @@ class World:
     launcher: str
 
     @property
-    def main(self) -> bool:
-        """Whether this process writes files and logs."""
+    def is_main(self) -> bool:
+        """Return whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
 
-def world(environ: dict[str, str] | None = None) -> World:
-    """Read the launcher's variables: torchrun's, else those of an `srun` task, else one process alone."""
+def world(environ: MutableMapping[str, str] | None = None) -> World:
+    """Return the place by the launcher's variables: torchrun's, else those of an `srun` task, else rank 0 of 1."""
     env = os.environ if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "torchrun")
-    # A batch shell has SLURM_PROCID too, but is no task of a step: only srun's ranks carry a step's task count
+    # A batch shell has SLURM_PROCID, too, but only tasks of srun have the number of tasks of their step
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
         size = int(env["SLURM_STEP_NUM_TASKS"])
         return World(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), "slurm")
@@ -59,12 +57,12 @@ def world(environ: dict[str, str] | None = None) -> World:
 
 
 def only_device() -> torch.device:
-    """The device of a command that runs as one process: the GPU where there is one, else the CPU."""
+    """Return the device of a command of one process: the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def own_device(here: World) -> torch.device:
-    """This process's device: the GPU of its local rank, also where it joins no process group, else the CPU."""
+    """Return the device of this rank: the GPU of its local rank if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
@@ -73,10 +71,9 @@ def own_device(here: World) -> torch.device:
 
 
 def start(backend: str | None = None, url: str = "env://", timeout_minutes: float = 30.0) -> tuple[World, torch.device]:
-    """Join the process group (none for one process) and return this process's place and device.
+    """Join the process group (none for one process) and return the place and the device of this process.
 
-    `backend` defaults to nccl where CUDA is there, else gloo. Raises DistError for nccl without CUDA and for processes
-    that cannot meet.
+    `backend` defaults to nccl with CUDA, else gloo. Raise DistError for nccl without CUDA and if the rendezvous fails.
     """
     here = world()
     cuda = torch.cuda.is_available()
@@ -85,7 +82,7 @@ def start(backend: str | None = None, url: str = "env://", timeout_minutes: floa
         backend = backend or ("nccl" if cuda else "gloo")
         if backend == "nccl" and not cuda:
             raise DistError(
-                "distributed.dist_backend: nccl needs CUDA, which is not here; set distributed.dist_backend=gloo"
+                "distributed.dist_backend: nccl needs CUDA, which is not available; set distributed.dist_backend=gloo"
             )
         if here.launcher == "slurm":
             _set_rendezvous(os.environ)
@@ -94,7 +91,9 @@ def start(backend: str | None = None, url: str = "env://", timeout_minutes: floa
             dist.init_process_group(backend, init_method=url, rank=here.rank, world_size=here.size, timeout=timeout)
         except (ValueError, RuntimeError) as error:
             where = f"distributed.dist_backend={backend}, distributed.dist_url={url}"
-            raise DistError(f"{where}: {here.size} processes cannot meet: {str(error).splitlines()[0]}") from error
+            raise DistError(
+                f"{where}: {here.size} processes could not join a process group: {str(error).splitlines()[0]}"
+            ) from error
     return here, device
 
 
@@ -105,20 +104,20 @@ def stop() -> None:
 
 
 @contextlib.contextmanager
-def joined(settings, expected: tuple[type[Exception], ...]) -> Iterator[tuple[World, torch.device, Stop]]:
-    """This process among all ranks for as long as the context lasts, by a `distributed` section; ends it by one line.
+def joined(settings: Any) -> Iterator[tuple[World, torch.device, StopHandler]]:
+    """Join the process group of a `distributed` section. On error, print one line and exit.
 
-    Gives its place, its device and whether signals asked to stop. Of `expected` errors only the message is shown; of a
-    failed exchange, which ranks were lost.
+    Yield the place of this process, its device and the handler of stop signals. An SDTrainError or OSError prints its
+    message only, a failed collective the ranks that do not respond; any other error also prints a traceback.
     """
-    here, signals = world(), Stop()
-    if not here.main:
-        warnings.simplefilter("ignore")  # the main rank gives the same
+    here, handler = world(), StopHandler()
+    if not here.is_main:
+        warnings.simplefilter("ignore")  # rank 0 prints the same warnings
     try:
-        require_planned(settings.world_size, here)
+        check_world_size(settings.world_size, here)
         _, device = start(settings.dist_backend, settings.dist_url, settings.timeout_minutes)
-        yield here, device, signals
-    except (*expected, DistError) as error:
+        yield here, device, handler
+    except (SDTrainError, OSError) as error:
         end(str(error))
     except Exception as error:
         silent = silent_ranks() if is_lost(error) else []
@@ -126,83 +125,86 @@ def joined(settings, expected: tuple[type[Exception], ...]) -> Iterator[tuple[Wo
             traceback.print_exc()
             end(f"{type(error).__name__}: {error}")
         named = ", ".join(map(str, silent))
-        end(f"rank {here.rank} has lost rank {named}, which died or hangs: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        end(f"rank {here.rank} has lost rank {named}, which died or hangs: {reason}")
     stop()
-    signals.ignore()
+    handler.ignore()
 
 
-def require_planned(size: int | None, here: World) -> None:
-    """Refuse to run as other than the planned number of ranks: a launcher may give another one without a word."""
-    if size is not None and size != here.size:
+def check_world_size(planned: int | None, here: World) -> None:
+    """Raise DistError if the world size differs from the planned one: a launcher may give another one silently."""
+    if planned is not None and planned != here.size:
         raise DistError(
-            f"distributed.world_size: {size} ranks were planned and {here.size} came ({here.launcher}); let the counts "
-            "of the launch line (nodes x tasks a node) agree with those of the job"
+            f"distributed.world_size: {planned} ranks were planned, but {here.size} were started ({here.launcher}); "
+            "make the launch line agree with the job's nodes and tasks per node"
         )
 
 
 def end(message: str) -> NoReturn:
-    """Print why this process ends, and end at once: ranks that wait in an exchange must not keep it from doing so."""
+    """Print an error and exit at once, even if other threads or ranks wait in a collective."""
     here = world()
-    print(f"error: {message}" if here.main else f"rank {here.rank} ends: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}" if here.is_main else f"rank {here.rank} ends: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
+# ---------------------------------------------------------------- collectives
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks (in place)."""
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks, computed in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def least(value: int, device: torch.device) -> int:
-    """The smallest of the ranks' values."""
+def all_reduce_min(value: int, device: torch.device) -> int:
+    """Return the minimum of an integer over all ranks."""
     found = torch.tensor(value, device=device)
     if dist.is_initialized():
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
     return int(found)
 
 
-def cpu_group(timeout_minutes: float = 30.0):
-    """A process group that moves what lies on CPUs, for checkpoints in the background; None for one process."""
+def cpu_group(timeout_minutes: float = 30.0) -> Any:
+    """Return a gloo process group, with which checkpoints are written in the background; None for one process."""
     if not dist.is_initialized():
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
-def from_main(value):
-    """The main rank's value, a plain object, for all: a shared disk may show other ranks an older state."""
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value, a picklable object. A shared disk may show other ranks an older state."""
     found = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     return found[0]
 
 
-def gather(value) -> list | None:
-    """Every rank's value, a plain object, on the main rank; None on the others."""
+def gather_objects(value: Any) -> list | None:
+    """Return the picklable objects of all ranks on rank 0, and None on the others."""
     if not dist.is_initialized():
         return [value]
-    found = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    found: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, found)
     return found
 
 
+# ---------------------------------------------------------------- lost ranks
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of an exchange which another rank did not take part in."""
+    """Return whether an error is that of a collective in which another rank did not take part."""
     causes = [error, *(cause for cause, _ in getattr(error, "failures", {}).values())]
     signs = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket"
     return any(isinstance(c, dist.DistError) or re.search(signs, str(c), re.IGNORECASE) for c in causes)
 
 
 def silent_ranks(wait_seconds: float = 5.0) -> list[int]:
-    """After a failed exchange: the ranks that do not answer any more. Each rank that is still there calls this.
+    """Return the ranks that do not respond after a failed collective. Each rank that is alive calls this.
 
-    Ranks report to the rendezvous' store; if that is gone, so is the rank that keeps it, rank 0 (or its launcher).
+    Ranks report to the store of the rendezvous. If the store is gone, rank 0 or its launcher, which keeps it, is gone.
     """
     if not dist.is_initialized():
         return []
@@ -218,61 +220,38 @@ def silent_ranks(wait_seconds: float = 5.0) -> list[int]:
         return [0]
 
 
-def batch_sizes(system, world_size: int) -> tuple[int | None, int | None, int]:
-    """Images a micro-batch (None: to be found), micro-batches a step (None: follows), and images a step on all ranks.
+# ---------------------------------------------------------------- signals
+class StopHandler:
+    """The handler of signals that ask to save a checkpoint and stop.
 
-    `system` is that section of a stage. Raises DistError for sizes that do not divide.
-    """
-    micro, step = system.batch_size, system.global_batch
-    if micro == "auto":
-        if not torch.cuda.is_available():
-            raise DistError("system.batch_size: auto looks for what fits a GPU, and there is none; set a number")
-        if step is None or step % world_size:
-            raise DistError(
-                f"system.batch_size: auto needs system.global_batch, a multiple of the {world_size} ranks; it is {step}"
-            )
-        return None, None, step
-    if step is None:
-        return micro, system.gradient_accumulation, micro * system.gradient_accumulation * world_size
-    if step % (micro * world_size):
-        near = max(1, round(step / (micro * world_size))) * micro * world_size
-        raise DistError(
-            f"system.global_batch: {step} is no multiple of {world_size} ranks x system.batch_size={micro}; "
-            f"set it to {near}, or another batch_size"
-        )
-    return micro, step // (micro * world_size), step
-
-
-class Stop:
-    """Whether a signal has asked to save and stop: SIGUSR1 (SLURM's warning before a limit) at any time, and SIGTERM
-
-    and SIGINT once there is something to save; before that, these two end the process as ever.
+    SIGUSR1, SLURM's warning before a time limit, is handled from the start. SIGTERM and SIGINT end the process as usual
+    until `listen` is called, when there is something to save.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.name: str | None = None
-        self.agreed = False  # whether a signal has come to any of the ranks
-        self.warned = False  # whether it was SIGUSR1: then SLURM is to start the job again
+        self.agreed = False  # whether any rank received a signal
+        self.warned = False  # whether any rank received SIGUSR1: SLURM is then to requeue the job
         signal.signal(signal.SIGUSR1, self._note)
 
     def listen(self) -> None:
-        """From now on all of them are noted."""
+        """Handle all of SIGNALS from now on."""
         for number in self.SIGNALS:
             signal.signal(number, self._note)
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
 
     def ignore(self) -> None:
-        """From now on these signals do nothing: they would kill an interpreter that is on its way out."""
+        """Ignore SIGNALS from now on: they would kill an interpreter that is shutting down."""
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _set_rendezvous(env) -> None:
-    """Under srun: meet at the job's first host, at a port derived from the job id."""
+def _set_rendezvous(env: MutableMapping[str, str]) -> None:
+    """Set the rendezvous of an `srun` step: the job's first host, and a port derived from the job id."""
     if "MASTER_ADDR" not in env:
         command = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
         try:

@@ -151,7 +151,7 @@ def test_a_log_as_the_trainer_writes_it(plan, tmp_path):
     log = Telemetry(STAGE2 / "log.jsonl", total=26000, quiet=True)
     for images in (320, 640, 960):
         log.log(images, {"loss": images / 1000, "skipped": 0})
-    log.note(976, "skipped: the loss or gradient is no number")
+    log.note(976, "skipped step: non-finite loss or gradient norm")
     log.rewind(640)
     log.note(640, "rolled back to the last checkpoint", 976)
     log.close()

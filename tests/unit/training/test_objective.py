@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import diffusers
@@ -12,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from sdtrain.config import schema
+from sdtrain.config.keys import all_keys
 from sdtrain.training import objective
 
 STEPS = 1000
@@ -221,10 +224,10 @@ def test_min_snr_weights_at_known_ratios():
     }
     for prediction, weights in expected.items():
         forward = objective.Process(prediction, 4, alphas)
-        found = objective.snr_weights(forward, t, 5.0)
+        found = objective.loss_weights(forward, t, OmegaConf.create({"snr_gamma": 5.0}))
         torch.testing.assert_close(found, torch.tensor(weights))
         assert found.dtype == torch.float32
-        assert objective.snr_weights(forward, t, None).tolist() == [1.0] * 4
+        assert objective.loss_weights(forward, t, OmegaConf.create({"snr_gamma": None})).tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULE, ZERO], ids=["standard", "zero"])
@@ -233,7 +236,10 @@ def test_weights_of_a_real_schedule_are_finite_and_of_one_objective(scheduler):
     t = torch.arange(STEPS)
     alphas = scheduler.alphas_cumprod.double()
     snr = alphas / (1 - alphas)
-    weights = {p: objective.snr_weights(process(p, scheduler), t, 5.0).double() for p in PREDICTIONS[:3]}
+    weights = {
+        p: objective.loss_weights(process(p, scheduler), t, OmegaConf.create({"snr_gamma": 5.0})).double()
+        for p in PREDICTIONS[:3]
+    }
     assert all(torch.isfinite(w).all() for w in weights.values())
     torch.testing.assert_close(weights["epsilon"] * snr, weights["sample"], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(weights["v_prediction"] * (snr + 1), weights["sample"], rtol=1e-5, atol=1e-7)
@@ -242,8 +248,10 @@ def test_weights_of_a_real_schedule_are_finite_and_of_one_objective(scheduler):
 def test_min_snr_weights_of_a_flow_are_refused():
     t = torch.tensor([500.0])
     with pytest.raises(objective.ObjectiveError, match="objective.snr_gamma: .*set it to null"):
-        objective.snr_weights(process("flow_prediction"), t, 5.0)
-    assert objective.snr_weights(process("flow_prediction"), t, None).tolist() == [1.0]
+        objective.loss_weights(process("flow_prediction"), t, OmegaConf.create({"snr_gamma": 5.0}))
+    assert objective.loss_weights(process("flow_prediction"), t, OmegaConf.create({"snr_gamma": None})).tolist() == [
+        1.0
+    ]
 
 
 def test_loss_is_a_weighted_mean_square_for_each_image():
@@ -345,7 +353,7 @@ def test_times_stay_inside_the_process_however_extreme():
     settings, ends = schema.ObjectiveConfig(), np.array([0.0, 1 - 2.0**-53])
     for kind in ("uniform", "stratified", "logit_normal"):
         settings.timesteps = kind
-        time = objective._times(settings, ends, np.arange(2))
+        time = objective.TIMESTEPS[kind](ends, np.arange(2), settings).clamp(objective.EDGE, 1 - objective.EDGE)
         assert 0 < time.min() and time.max() < 1
 
 
@@ -397,3 +405,20 @@ def test_noise_is_the_same_whether_latents_were_computed_before_or_not():
     found = draws(4)
     alone, first = (objective.normals(found, count, (4, 3, 5), "cpu")[0] for count in (1, 2))
     assert torch.equal(alone, first)
+
+
+# ---------------------------------------------------------------- registries
+CHOICES = {key.name: key.choices for key in all_keys(schema.StageConfig)}
+
+
+def test_each_choice_of_the_configuration_has_its_function_and_each_function_its_choice():
+    assert {*objective.TIMESTEPS} == {*CHOICES["objective.timesteps"]}
+    assert {*objective.WEIGHTINGS} <= {field.name for field in dataclasses.fields(schema.ObjectiveConfig)}
+    assert {*objective.TARGETS} == {*objective.DIFFUSION, objective.FLOW}
+
+
+def test_weightings_are_multiplied(monkeypatch):
+    monkeypatch.setitem(objective.WEIGHTINGS, "halved", lambda process, t, by: torch.full((len(t),), 1 / by))
+    settings = OmegaConf.create({"snr_gamma": None, "halved": 2.0})
+    t = torch.tensor([1, 2])
+    assert objective.loss_weights(process("epsilon"), t, settings).tolist() == [0.5, 0.5]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from sdtrain.config import schema
+from sdtrain.config.keys import all_keys
 from sdtrain.config.load import load_config
-from sdtrain.training.optimizer import adamw, learning_rate, state_by_name
+from sdtrain.training.optimizer import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate, state_by_name
 
 CPU = torch.device("cpu")
 
@@ -37,21 +38,21 @@ def train(module: nn.Module, optimizer, steps: int) -> list[torch.Tensor]:
 def test_a_state_made_beforehand_changes_nothing(fused):
     ours, theirs = network(), network()
     plain = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-8)
-    found, expected = train(ours, adamw(ours, settings(fused=fused)), 5), train(theirs, plain, 5)
+    found, expected = train(ours, build_optimizer(ours, settings(fused=fused)), 5), train(theirs, plain, 5)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6 * fused, atol=1e-7 * fused)
 
 
 def test_the_settings_reach_it():
     params = {"learning_rate": 0.5, "beta1": 0.7, "beta2": 0.8, "weight_decay": 0.3, "epsilon": 0.1}
-    (group,) = adamw(network(), settings(params=params)).param_groups
+    (group,) = build_optimizer(network(), settings(params=params)).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.7, 0.8), 0.3, 0.1)
 
 
 def test_frozen_weights_have_no_state():
     module = network()
     module[0].requires_grad_(False)
-    optimizer = adamw(module, settings())
+    optimizer = build_optimizer(module, settings())
     assert list(state_by_name(optimizer, module)) == ["2.weight", "2.bias"]
     before = module[0].weight.clone()
     train(module, optimizer, 2)
@@ -60,9 +61,9 @@ def test_frozen_weights_have_no_state():
 
 def test_a_state_read_in_place_goes_on_exactly():
     whole = network()
-    expected = train(whole, adamw(whole, settings()), 1)
+    expected = train(whole, build_optimizer(whole, settings()), 1)
     one, two = network(), network()
-    first, second = adamw(one, settings()), adamw(two, settings())
+    first, second = build_optimizer(one, settings()), build_optimizer(two, settings())
     train(one, first, 1)
     for name, tensors in state_by_name(first, one).items():
         for key, tensor in tensors.items():
@@ -92,3 +93,22 @@ def test_the_cosine_falls_to_its_end():
         expected = 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 50) / 50)) / 2)
         assert learning_rate(step, 100, falling) == pytest.approx(expected)
     assert learning_rate(500, 100, falling) == pytest.approx(0.2)  # past its end it stays
+
+
+# ---------------------------------------------------------------- registries
+CHOICES = {key.name: key.choices for key in all_keys(schema.StageConfig)}
+
+
+def test_each_choice_of_the_configuration_has_its_function_and_each_function_its_choice():
+    assert {*OPTIMIZERS} == {*CHOICES["optimizer.name"]}
+    assert {*SCHEDULES} == {*CHOICES["lr_scheduler.scheduler"]}
+
+
+def test_the_optimizer_is_the_one_that_is_named(monkeypatch):
+    def sgd(weights, chosen):
+        return torch.optim.SGD(weights, chosen.params.learning_rate)
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", sgd)
+    chosen = settings()
+    chosen.name = "sgd"
+    assert isinstance(build_optimizer(network(), chosen), torch.optim.SGD)

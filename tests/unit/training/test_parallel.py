@@ -13,7 +13,7 @@ from sdtrain.config.load import load_config
 from sdtrain.distributed import DistError
 from sdtrain.training import checkpoint, parallel
 from sdtrain.training.ema import Ema, trainable
-from sdtrain.training.optimizer import adamw, state_by_name
+from sdtrain.training.optimizer import build_optimizer, state_by_name
 
 CPU = torch.device("cpu")
 
@@ -41,15 +41,17 @@ class Training:
     def __init__(self, folder, strategy: str, size: int, params: dict, seed: int = 0):
         self.unet = network(params, seed)
         self.model = parallel.spread(self.unet, strategy, size, CPU)
-        self.optimizer = adamw(self.unet, load_config(schema.OptimizerConfig))
+        self.optimizer = build_optimizer(self.unet, load_config(schema.OptimizerConfig))
         self.ema = Ema(self.unet, 0.5)
         state = {"unet": trainable(self.unet), "optimizer": state_by_name(self.optimizer, self.unet)}
         state |= {"ema": self.ema.weights}
-        self.saves = checkpoint.Checkpoints(folder, state, main=distributed.world().main, group=distributed.cpu_group())
+        self.saves = checkpoint.Checkpoints(
+            folder, state, main=distributed.world().is_main, group=distributed.cpu_group()
+        )
 
     def step(self, number: int, rows: slice) -> float:
         """One optimizer step; returns the norm of its gradient."""
-        with parallel.exchange(self.model, now=True):
+        with parallel.reduce_gradients(self.model, now=True):
             backward(self.model, number, rows)
         norm = parallel.clip_gradients(self.unet, 1.0).item()
         self.optimizer.step()
@@ -133,12 +135,12 @@ def accumulate(rank: int, strategy: str, params: dict):
     """Two micro-batches a rank: whether the first exchanged anything, and the gradient of both."""
     unet = network(params)
     model = parallel.spread(unet, strategy, 2, CPU)
-    with parallel.exchange(model, now=False):
+    with parallel.reduce_gradients(model, now=False):
         backward(model, 0, slice(rank, rank + 1), 2)
     name, weight = next((n, p) for n, p in unet.named_parameters() if p.dim() == 4)
     first = weight.grad
     lone = None if first is None else parallel.whole(first).clone()
-    with parallel.exchange(model, now=True):
+    with parallel.reduce_gradients(model, now=True):
         backward(model, 0, slice(2 + rank, 3 + rank), 2)
     return lone, parallel.whole(dict(unet.named_parameters())[name].grad).clone()
 
@@ -185,7 +187,7 @@ def test_a_sharded_average_may_start_from_other_weights(tiny_unet_params):
 
 
 def test_one_process_cannot_shard(tiny_unet_params):
-    with pytest.raises(DistError, match="distributed.strategy: fsdp shards over ranks, and there is one"):
+    with pytest.raises(DistError, match="distributed.strategy: fsdp needs more than one rank"):
         parallel.spread(network(tiny_unet_params), "fsdp", 1, CPU)
 
 

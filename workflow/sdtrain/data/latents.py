@@ -201,7 +201,7 @@ def encode_shards(
     label = f"latents {dataset.resolution} px" + f", rank 0 of {here.size}" * (here.size > 1)
     total = sum(source["shards"][number]["samples"] for number in numbers)
     interval = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=total, unit="img", desc=label, mininterval=interval, disable=not here.main) as bar:
+    with tqdm(total=total, unit="img", desc=label, mininterval=interval, disable=not here.is_main) as bar:
         for number, group in itertools.groupby(batches, key=attrgetter("shard")):
             write_shard(folder, number, group, encoder, bar)
             cache.path(source["shards"][number]["path"]).unlink(missing_ok=True)  # of a remote shard
@@ -256,12 +256,12 @@ def precompute(
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(len(source["shards"]))
     missing = [n for n in numbers[here.rank :: here.size] if not is_finished(folder, n)]
-    if not missing and not here.main:
+    if not missing and not here.is_main:
         return None
     encoder = Encoder(vae, text_encoder, settings, distributed.own_device(here))
     dataset = Images(resolution, settings.crop, settings.seed)
     encode_shards(source, missing, folder, dataset, encoder, here)
-    if not here.main:
+    if not here.is_main:
         return None
     wait_for(folder, numbers)
     return finish(source, manifest, folder, dataset, encoder, made_by, output)

@@ -213,10 +213,10 @@ def finish_milestone(checkpoints: Checkpoints, images: int, code: str) -> None:
     write_text(checkpoints.folder / f"{images}.done", code + "\n")
 
 
-def ask_for_restart(folder: Path, images: int, warned: bool) -> None:
-    """Leave word that a training was stopped and saved at so many images; `warned`: by SLURM, ahead of its limit."""
+def request_requeue(folder: Path, images: int, warned: bool) -> None:
+    """Write the requeue marker of a training that a signal stopped; `warned`: by SLURM, ahead of a time limit."""
     write_json(folder / "requeue", {"images": images, "warned": warned})
-    print(f"{folder}: stopped, saved at {images} images; the same command goes on", flush=True)
+    print(f"{folder}: stopped, saved at {images} images; the same command resumes", flush=True)
 
 
 # ---------------------------------------------------------------- one trainer a folder

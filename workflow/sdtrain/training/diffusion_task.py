@@ -1,20 +1,25 @@
-"""The network that is trained and its frozen parts: from a configuration, through a batch's losses, to a pipeline."""
+"""The task of training a latent diffusion model: the network, the losses of a batch, sample grids, the pipeline."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
 from sdtrain import distributed
+from sdtrain.data.datasets import open_dataset
+from sdtrain.errors import ConfigError
+from sdtrain.io.files import atomic_path, replace_link, write_json
 from sdtrain.models import lora
 from sdtrain.models.parts import (
     ModelError,
@@ -29,11 +34,115 @@ from sdtrain.models.parts import (
     set_attention,
 )
 from sdtrain.models.pipeline import export_pipeline, generate, grid, pipeline_of
-from sdtrain.training import objective, parallel
-from sdtrain.training.ema import Ema, decay_of
-from sdtrain.training.telemetry import training_flops
+from sdtrain.training import identity, objective, parallel
+from sdtrain.training.ema import Ema, decay_of, trainable
+from sdtrain.training.task import LoopSettings, Task
+from sdtrain.training.telemetry import Telemetry, peak_flops, start_wandb, training_flops
+
+QUARTILES = 4  # of time, from little noise to much: losses are logged for each
 
 
+class DiffusionTask(Task):
+    """Train the UNet of a stage, on images or on cached latents."""
+
+    def __init__(self, cfg: DictConfig):
+        e, params = cfg.experiment, cfg.dataset.params
+        self.cfg, self.label = cfg, f"{e.project}/{e.name}"
+        self.losses = [f"q{i + 1}" for i in range(QUARTILES)]
+        milestone = e.num_examples_to_see if e.stop_at is None else e.stop_at
+        self.folder = identity.run_folder(cfg)
+        self.result = self.folder / str(milestone)
+        self.record = self.result / "train.json"
+        self.settings = LoopSettings(
+            system=cfg.system,
+            optimizer=cfg.optimizer,
+            lr_scheduler=cfg.lr_scheduler,
+            objective=cfg.objective,
+            num_examples_to_see=e.num_examples_to_see,
+            milestone=milestone,
+            milestones=list(e.milestones),
+            save_every=e.save_every,
+            log_every=e.log_every,
+            max_nonfinite=e.max_nonfinite,
+            max_rollbacks=e.max_rollbacks,
+            keep_checkpoints=e.keep_checkpoints if e.save_only_most_recent else None,
+            requeue=e.requeue,
+            workers=params.workers,
+            prefetch=params.prefetch,
+            max_lost=params.max_lost,
+            seed=e.seed,
+            threads=cfg.system.threads,
+            timeout_minutes=cfg.distributed.timeout_minutes,
+        )
+
+    def identify(self, global_batch: int) -> identity.Identity:
+        """Return the identity of the stage's training."""
+        return identity.identify(self.cfg, global_batch)
+
+    def claim(self, own: identity.Identity, world_size: int) -> None:
+        """Mark the folder as this training's."""
+        identity.claim(own, anew=not self.settings.requeue)
+
+    def build(self, here: distributed.World, device: torch.device, global_batch: int) -> None:
+        """Open the dataset, read the captions of the sample grid, build the network."""
+        cfg, self.here = self.cfg, here
+        self.dataset = open_dataset(cfg.dataset, cfg.experiment.seed)
+        self.dataset.require_complete(cfg.dataset.params.max_lost)
+        self.samples = {"samples": self.dataset.source.kept, "dropped": self.dataset.dropped}
+        self.captions = read_captions(cfg.experiment) if cfg.experiment.eval_caption_file else []
+        self.net = net = build(cfg, here.size, device, global_batch)
+        self.module, self.model, self.ema, self.kernel, self.flops = net.unet, net.model, net.ema, net.kernel, net.flops
+        self.peak = peak_flops(device, cfg.model.mixed_precision == "bf16", cfg.system.peak_tflops)
+
+    def state(self) -> dict[str, Any]:
+        """Return the weights and their average."""
+        return {"unet": trainable(self.module), **({"ema": self.ema.weights} if self.ema else {})}
+
+    def find_micro_batch(self, images: int) -> int:
+        """Return the largest micro-batch that fits the GPU."""
+        online = self.cfg.dataset.type != "LatentDataset"
+        return find_micro_batch(self.net, images, self.cfg.dataset.params.resolution if online else None)
+
+    def dummy_pass(self, micro_batch: int) -> None:
+        """Run a forward and backward pass; its gradients are discarded."""
+        trial_pass(self.net, self.model, micro_batch)
+
+    def start_wandb(self, own: identity.Identity) -> Any:
+        """Return the wandb run of the stage, or None."""
+        return start_wandb(self.cfg, own.folder, own.run_id)
+
+    def loss(self, batch: dict, draws: objective.Draws, losses: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a micro-batch; losses are summed for each quartile of time."""
+        each = batch_losses(self.net, batch, draws, self.dataset, self.settings.objective)
+        quartile = (draws.time * QUARTILES).long().to(each.device)
+        losses.index_add_(0, quartile, each.detach().double())
+        images.index_add_(0, quartile, torch.ones_like(each, dtype=torch.float64))
+        return each.mean()
+
+    def log_values(self, mean: float, each: list[float]) -> dict[str, float]:
+        """Return the mean loss, and that of each quartile of time."""
+        return {"loss": mean, **{f"loss_{name}": value for name, value in zip(self.losses, each, strict=True)}}
+
+    def after_save(self, telemetry: Telemetry, images: int) -> None:
+        """Draw the captions of `experiment.eval_caption_file`."""
+        if self.captions:
+            picture = self.folder / "samples" / f"{images}.png"
+            resolution = self.cfg.dataset.params.resolution
+            draw_grid(self.net, self.captions, resolution, self.cfg.experiment, self.here, picture)
+            telemetry.log_image(images, picture)
+
+    def export(self, facts: dict[str, Any]) -> object:
+        """Export the pipeline of the milestone and write its record."""
+        pipeline = export(self.net, self.result / "pipeline", self.here.is_main)
+        if self.here.is_main:
+            replace_link(self.folder / "pipeline", pipeline)
+            paths = {"pipeline": str(pipeline), "log": str(self.folder / "log.jsonl")}
+            resolution = self.cfg.dataset.params.resolution
+            write_json(self.record, {**facts, **paths, "resolution": resolution, **self.samples})
+        return pipeline
+
+
+# ---------------------------------------------------------------- the network
 @dataclass
 class Network:
     """A latent diffusion model in training: `unet` holds the weights, `model` is what to call over all ranks."""
@@ -60,7 +169,7 @@ def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Netw
     unet, bf16 = parts.unet, cfg.model.mixed_precision == "bf16"
     side = check_resolution(parts, cfg.dataset.params.resolution)
     process = objective.process_of(parts.scheduler).to(device)
-    objective.snr_weights(process, process.timesteps(torch.rand(1)), cfg.objective.snr_gamma)  # refused now, not later
+    objective.loss_weights(process, process.timesteps(torch.rand(1)), cfg.objective)  # raises early for wrong ones
     if cfg.init:
         load_weights(unet, cfg.init, "init", cfg.init_weights)
     if cfg.model.lora.rank is not None:
@@ -134,7 +243,7 @@ def batch_losses(net: Network, batch: dict, draws: objective.Draws, dataset, set
         t = net.process.timesteps(draws.time).to(net.device)
         noisy = objective.add_noise(net.process, clean, noise, t).to(memory_format=net.layout)
         target = objective.target(net.process, clean, noise, t)
-        weights = objective.snr_weights(net.process, t, settings.snr_gamma)
+        weights = objective.loss_weights(net.process, t, settings)
     with net.autocast, net.kernel:
         output = net.model(noisy, t, encoder_hidden_states=text).sample
         return objective.loss(output, target, weights)
@@ -176,6 +285,23 @@ def trial_pass(net: Network, model: nn.Module, count: int) -> None:
 
 
 # ---------------------------------------------------------------- what it has learnt
+def read_captions(experiment: Any) -> list[str]:
+    """Return the first `num_eval_images` captions of `eval_caption_file`. Raise ConfigError if there are none."""
+    path = Path(experiment.eval_caption_file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"experiment.eval_caption_file: {error}") from None
+    if path.suffix == ".csv":
+        lines = [row.get("caption") or "" for row in csv.DictReader(lines)]
+    captions = [line.strip() for line in lines if line.strip()][: experiment.num_eval_images]
+    if not captions:
+        raise ConfigError(
+            f"experiment.eval_caption_file: {path}: no caption; write one a line, or a CSV with a caption column"
+        )
+    return captions
+
+
 def draw_grid(
     net: Network, captions: list[str], resolution: int, experiment, here: distributed.World, path: Path
 ) -> None:
@@ -188,13 +314,12 @@ def draw_grid(
     net.unet.eval()
     with net.ema.applied(net.unet) if net.ema else contextlib.nullcontext(), net.autocast:
         pipe = pipeline_of(net.parts, net.unet)
-        drawn = distributed.gather([np.asarray(image) for image in generate(pipe, mine, resolution, **options)])
+        drawn = distributed.gather_objects([np.asarray(image) for image in generate(pipe, mine, resolution, **options)])
     net.unet.train()
     if drawn:
         whole = [Image.fromarray(image) for part in drawn for image in part][: len(captions)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid(whole).save(aside := path.with_name(f".{path.name}"), "PNG")
-        os.replace(aside, path)
+        with atomic_path(path) as temporary:
+            grid(whole).save(temporary, "PNG")
 
 
 def export(net: Network, folder: Path, main: bool) -> Path:

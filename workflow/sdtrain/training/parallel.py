@@ -1,10 +1,11 @@
-"""One model over many ranks: replicated (DDP) or sharded (FSDP2), behind the same few functions."""
+"""Batch sizes of the ranks, and one model on all of them: replicated by DDP or sharded by FSDP2."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import diffusers
 import torch
@@ -14,40 +15,66 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sdtrain.distributed import DistError, least
+from sdtrain.distributed import DistError, all_reduce_min
 
 
-def blocks(unet: nn.Module) -> list[nn.Module]:
-    """The parts of a UNet that repeat: residual and transformer blocks, the unit of sharding and of compilation."""
+def batch_sizes(system: Any, world_size: int) -> tuple[int | None, int | None, int]:
+    """Return images per micro-batch, micro-batches per step and rank, and images per step on all ranks.
+
+    With `system.batch_size=auto` the first two are None: they are measured later. Raise DistError for sizes that do
+    not divide.
+    """
+    micro, step = system.batch_size, system.global_batch
+    if micro == "auto":
+        if not torch.cuda.is_available():
+            raise DistError("system.batch_size: auto measures what fits a GPU, and there is none; set a number")
+        if step is None or step % world_size:
+            raise DistError(
+                f"system.batch_size: auto needs system.global_batch, a multiple of the {world_size} ranks; it is {step}"
+            )
+        return None, None, step
+    if step is None:
+        return micro, system.gradient_accumulation, micro * system.gradient_accumulation * world_size
+    if step % (micro * world_size):
+        near = max(1, round(step / (micro * world_size))) * micro * world_size
+        raise DistError(
+            f"system.global_batch: {step} is not a multiple of {world_size} ranks x system.batch_size={micro}; "
+            f"set it to {near}, or another batch_size"
+        )
+    return micro, step // (micro * world_size), step
+
+
+def blocks(unet: Any) -> list[nn.Module]:
+    """Return the residual and transformer blocks of a UNet: the units of sharding and of compilation."""
     levels = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     kinds = ("resnets", "attentions")
     return [block for level in levels for kind in kinds for block in getattr(level, kind, None) or ()]
 
 
-def compile_model(unet: nn.Module, how: str | None) -> None:
-    """Compile the UNet whole ("model") or block by block ("blocks"), in place: names of weights stay."""
-    # all residual blocks share one code, which is compiled anew for each of their shapes: more often than torch's limit
+def compile_model(unet: Any, how: str | None) -> None:
+    """Compile the whole UNet ("model") or each block ("blocks"), in place; the weights keep their names."""
+    # All residual blocks share one code object, which is compiled once for each shape: more often than torch's limit
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for module in {"model": [unet], "blocks": blocks(unet)}.get(how, []):
+    for module in {"model": [unet], "blocks": blocks(unet)}.get(how or "", []):
         module.compile(dynamic=False)
 
 
 def spread(unet: nn.Module, strategy: str, world_size: int, device: torch.device, bf16: bool = False) -> nn.Module:
-    """The module to call in training: the UNet itself for one process, else over all ranks by DDP or FSDP2.
+    """Return the module to call in training: the UNet for one process, else the UNet in DDP or FSDP2.
 
-    Sharding (Zhao et al. 2023, arXiv 2304.11277) turns the UNet's own parameters into this rank's shares, so make
-    optimizer and average afterwards. With `bf16` shares are gathered in bfloat16, half the bytes, and gradients are
-    summed in float32. Raises DistError for fsdp on one process.
+    FSDP (Zhao et al. 2023, arXiv 2304.11277) replaces the UNet's parameters by shards, so create the optimizer and the
+    moving average afterwards. With `bf16`, weights are gathered in bfloat16, half the bytes, and gradients are reduced
+    in float32. Raise DistError for fsdp on one process.
     """
     if world_size == 1:
         if strategy == "fsdp":
-            raise DistError("distributed.strategy: fsdp shards over ranks, and there is one; set it to ddp")
+            raise DistError("distributed.strategy: fsdp needs more than one rank; set it to ddp")
         return unet
     if strategy == "ddp":
         return DistributedDataParallel(unet, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (world_size,))
-    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
-    # timesteps go in, and predictions come out, as they are: in bfloat16, 501.7 would be 502
+    dtypes: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
+    # Inputs and outputs are not cast: in bfloat16, timestep 501.7 would be 502
     whole = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False, output_dtype=torch.float32 if bf16 else None)
     for module in blocks(unet):
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes), reshard_after_forward=True)
@@ -56,8 +83,8 @@ def spread(unet: nn.Module, strategy: str, world_size: int, device: torch.device
 
 
 @contextlib.contextmanager
-def exchange(model: nn.Module, now: bool):
-    """Run forward and backward of a micro-batch; ranks exchange gradients only where `now`, at the last of them."""
+def reduce_gradients(model: nn.Module, now: bool) -> Iterator[None]:
+    """Reduce gradients over the ranks in this context's backward pass only if `now`: at the last micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
     skip = isinstance(model, DistributedDataParallel) and not now
@@ -65,30 +92,30 @@ def exchange(model: nn.Module, now: bool):
         yield
 
 
-def settle(model: nn.Module, one_pass: Callable[[], None]) -> None:
-    """Let DDP choose its buckets before the first step, by a forward and backward whose gradients are thrown away.
+def warm_up_ddp_buckets(model: nn.Module, dummy_pass: Callable[[], None]) -> None:
+    """Let DDP choose its buckets before the first step, by a dummy forward and backward pass.
 
-    It does so anew after its first pass, and the sum over more than two ranks depends on the buckets in its last bits:
-    if that pass were a step, the first one after a resume would differ from the same step of a run that went on.
+    DDP rebuilds its buckets after its first pass, and with more than two ranks the last bits of a sum depend on the
+    buckets. Without the dummy pass, the first step after a resume would differ from that of an uninterrupted run.
     """
     if isinstance(model, DistributedDataParallel):
-        one_pass()
+        dummy_pass()
         model.zero_grad(set_to_none=True)
 
 
 def clip_gradients(unet: nn.Module, max_norm: float | None) -> torch.Tensor:
-    """Scale the gradients to a norm of at most `max_norm`, over all ranks; returns the norm before, a scalar."""
+    """Scale the gradients to a norm of at most `max_norm` and return the norm before, a scalar."""
     weights = [p for p in unet.parameters() if p.requires_grad]
     return whole(torch.nn.utils.clip_grad_norm_(weights, max_norm or math.inf))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece; all ranks call this together where it is sharded."""
+    """Return a whole tensor; if it is sharded, all ranks call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def plain_unet(unet: nn.Module, main: bool) -> diffusers.UNet2DConditionModel | None:
-    """A UNet of its own with these weights in one piece, on the CPU: for `main`; all ranks call this together."""
+def plain_unet(unet: Any, main: bool) -> diffusers.UNet2DConditionModel | None:
+    """Return a copy of the UNet with whole weights on the CPU if `main`, else None; all ranks call this together."""
     weights = {}
     for name, tensor in unet.state_dict().items():
         tensor = whole(tensor.detach())
@@ -103,9 +130,9 @@ def plain_unet(unet: nn.Module, main: bool) -> diffusers.UNet2DConditionModel | 
 
 
 def largest_that_fits(share: int, attempt: Callable[[int], None], device: torch.device) -> int:
-    """The largest divisor of `share` images for which `attempt(images)` leaves a tenth of every rank's GPU free.
+    """Return the largest divisor of `share` for which `attempt(images)` leaves a tenth of every rank's GPU free.
 
-    Raises DistError where not even one image fits.
+    Raise DistError if not even one image fits.
     """
     best = 0
     for count in (n for n in range(1, share + 1) if share % n == 0):
@@ -116,7 +143,7 @@ def largest_that_fits(share: int, attempt: Callable[[int], None], device: torch.
             fits = torch.cuda.max_memory_allocated(device) < 0.9 * torch.cuda.get_device_properties(device).total_memory
         except torch.OutOfMemoryError:
             fits = False
-        if not least(int(fits), device):
+        if not all_reduce_min(int(fits), device):
             break
         best = count
     if not best:

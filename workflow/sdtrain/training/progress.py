@@ -8,7 +8,7 @@ from sdtrain.training.checkpoint import CheckpointError, Checkpoints
 
 COUNTS = (
     "updates",  # optimizer steps taken
-    "skipped",  # steps whose loss or gradient was no number, in all
+    "skipped",  # steps whose loss or gradient norm was not finite, in all
     "in_a_row",  # of those, the ones since the last update
     "moved",  # images of the stream that rollbacks left behind
     "rollbacks",  # in all
@@ -41,7 +41,7 @@ class Progress:
         self.counts["updates"] += 1
 
     def skip(self) -> None:
-        """A step has not been taken: its loss or gradient is no number."""
+        """Count a skipped step: its loss or gradient norm is not finite."""
         self.counts["skipped"] += 1
         self.counts["in_a_row"] += 1
 

@@ -1,0 +1,267 @@
+"""The task of training a KL autoencoder, and its export as a component."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from sdtrain import distributed
+from sdtrain.config import schema
+from sdtrain.config.fingerprint import differences, record_fingerprint
+from sdtrain.data.datasets import ImageDataset
+from sdtrain.data.manifest import read_manifest
+from sdtrain.data.sources import DataError
+from sdtrain.errors import ConfigError
+from sdtrain.io.files import atomic_path, read_json, replace_folder, temporary_path, write_json
+from sdtrain.models import autoencoder, feature_networks
+from sdtrain.models.pipeline import grid
+from sdtrain.training import objective, parallel
+from sdtrain.training.checkpoint import CheckpointError
+from sdtrain.training.ema import Ema, trainable
+from sdtrain.training.identity import Identity
+from sdtrain.training.task import LoopSettings, Task
+from sdtrain.training.telemetry import Telemetry, start_wandb
+
+STATISTICS_IMAGES = 512  # images from which mean and standard deviation of the latents are measured
+MEASURED_IMAGES = 256  # held-out images on which the exported component is measured
+SAVE_IMAGES = 32  # held-out images that are measured at every save
+PAIRS = 16  # images of a picture in samples/
+CHUNK = 16  # images per forward pass without a gradient
+NEUTRAL = (  # keys that do not decide the weights, or that count by a record or by the global batch
+    *("data", "batch_size", "save_every", "log_every", "max_nonfinite", "max_rollbacks", "wait_minutes"),
+    *("workers", "prefetch", "threads", "wandb_mode", "distributed"),
+)
+
+
+class AutoencoderTask(Task):
+    """Train an autoencoder on crops at one to two times the resolution, so that its latents serve both stages."""
+
+    def __init__(self, settings: DictConfig, train: str, held_out: str, output: Path):
+        """`train` and `held_out` are manifests of images, `output` the record of the component."""
+        check(settings)
+        self.config, self.train, self.held_out = settings, train, held_out
+        self.record, self.label = output, output.stem
+        self.losses = [name for name in autoencoder.TERMS if settings.loss[name]]
+        self.settings = LoopSettings(
+            system=schema.SystemConfig(batch_size=settings.batch_size),
+            optimizer=settings.optimizer,
+            lr_scheduler=settings.lr_scheduler,
+            objective=schema.ObjectiveConfig(),
+            num_examples_to_see=settings.num_examples_to_see,
+            milestone=settings.num_examples_to_see,
+            milestones=[],
+            save_every=settings.save_every,
+            log_every=settings.log_every,
+            max_nonfinite=settings.max_nonfinite,
+            max_rollbacks=settings.max_rollbacks,
+            keep_checkpoints=2,
+            requeue=True,
+            workers=settings.workers,
+            prefetch=settings.prefetch,
+            max_lost=schema.DatasetParams.max_lost,
+            seed=settings.seed,
+            threads=settings.threads,
+            timeout_minutes=settings.distributed.timeout_minutes,
+        )
+
+    # ------------------------------------------------------------ identity
+    def identify(self, global_batch: int) -> Identity:
+        """Return the identity of the training. Data and the perceptual network count by their records."""
+        decisive: Any = OmegaConf.to_container(self.config, resolve=True)
+        for key in NEUTRAL:
+            del decisive[key]
+        del decisive["optimizer"]["fused"]
+        decisive["system"] = {"global_batch": global_batch}
+        sources = {"dataset": read_manifest(self.train)["fingerprint"]}
+        if self.config.loss.perceptual:
+            sources["network"] = record_fingerprint(f"{self.config.loss.perceptual_network}.json")
+        self.own = Identity(training_folder(self.record), sources, decisive, frozen=True)
+        return self.own
+
+    def claim(self, own: Identity, world_size: int) -> None:
+        """Mark the folder as this training's. Raise CheckpointError if only the world size would start it anew."""
+        for file in own.folder.glob("checkpoints/*/about.json"):
+            other = read_json(file)
+            differ = differences(other["decisive"], own.decisive) + differences(other["sources"], own.sources)
+            if differ == ["system.global_batch"] and other["world_size"] != world_size and not own.saves.is_dir():
+                before, now = (about["decisive"]["system"]["global_batch"] for about in (other, own.about))
+                raise CheckpointError(
+                    f"{file.parent}: these checkpoints were written with a global batch of {before} images on "
+                    f"{other['world_size']} ranks, and this launch has {now} on {world_size}; set batch_size so that "
+                    f"it is {before} again, or delete that folder"
+                )
+        write_json(own.saves / "about.json", {**own.about, "world_size": world_size})
+
+    def start_wandb(self, own: Identity) -> Any:
+        """Return a wandb run of the project components; its key, entity and server are those of the environment."""
+        who: dict[str, Any] = {"wandb": {"api_key": None, "entity": None, "mode": self.config.wandb_mode}}
+        who["experiment"] = {"project": "components", "name": own.folder.name}
+        plain: Any = OmegaConf.to_container(self.config, resolve=True)
+        return start_wandb(OmegaConf.create({**plain, **who}), own.folder, own.run_id)
+
+    # ------------------------------------------------------------ network and losses
+    def build(self, here: distributed.World, device: torch.device, global_batch: int) -> None:
+        """Open the images, build the autoencoder on all ranks, and its moving average."""
+        settings, resolution, seed = self.config, self.config.resolution, self.config.seed
+        self.here, self.device, self.images = here, device, settings.batch_size
+        self.dataset = ImageDataset(self.train, resolution, crop="random", flip=True, zoom=(1.0, 2.0), seed=seed)
+        sides = (resolution, 2 * resolution)
+        self.measured = {side: ImageDataset(self.held_out, side, seed=seed) for side in sides}
+        params: Any = OmegaConf.to_container(settings.params)
+        vae = autoencoder.build(params, resolution)
+        vae.to(device, memory_format=torch.channels_last)
+        self.noise_shape = (vae.config.latent_channels, *[autoencoder.latent_side(vae, resolution)] * 2)
+        network = settings.loss.perceptual_network if settings.loss.perceptual else None
+        self.distance = feature_networks.perceptual_distance(network, device) if network else None
+        self.module = self.vae = vae
+        self.model = parallel.spread(autoencoder.Reconstruction(vae), "ddp", here.size, device)
+        self.ema: Ema = Ema(vae, settings.ema_decay)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16")
+        self.best = {f"psnr_{side}px": torch.tensor(-math.inf, dtype=torch.float64) for side in sides}
+
+    def state(self) -> dict[str, Any]:
+        """Return weights, average and the best quality so far."""
+        return {"vae": trainable(self.vae), "ema": self.ema.weights, "best": self.best}
+
+    def start_anew(self) -> None:
+        """Delete the pictures of another training."""
+        if self.here.is_main:
+            shutil.rmtree(self.own.folder / "samples", ignore_errors=True)
+
+    def dummy_pass(self, micro_batch: int) -> None:
+        """Run a forward and backward pass; its gradients are discarded."""
+        resolution = self.config.resolution
+        blank = torch.zeros(micro_batch, 3, resolution, resolution), torch.zeros(micro_batch, *self.noise_shape)
+        self.model(*[tensor.to(self.device) for tensor in blank])[0].mean().backward()
+
+    def loss(self, batch: dict, draws: objective.Draws, losses: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the terms of the loss of a micro-batch."""
+        pixels = batch["pixels"].to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        (noise,) = objective.normals(draws, 1, self.noise_shape, self.device)
+        with self.autocast:
+            output, mean, logvar = self.model(pixels, noise)
+        terms = autoencoder.loss_terms(output, pixels, mean, logvar, self.config.loss, self.distance)
+        each = torch.stack(list(terms.values()))
+        losses += each.detach().double() * len(pixels)
+        images += len(pixels)
+        return each.sum()
+
+    def log_values(self, mean: float, each: list[float]) -> dict[str, float]:
+        """Return the loss and its terms."""
+        return {"loss": sum(each), **{f"loss_{name}": value for name, value in zip(self.losses, each, strict=True)}}
+
+    # ------------------------------------------------------------ quality
+    def before_save(self, telemetry: Telemetry, images: int, position: int) -> None:
+        """Measure held-out images and draw them, before the checkpoint, which holds the best quality so far."""
+        picture = self.own.folder / "samples" / f"{images}.png"
+        with self.ema.applied(self.vae):
+            quality = self.measure(self.vae, SAVE_IMAGES)
+            if self.here.is_main:
+                draw_pairs(self.vae, self.measured[self.config.resolution], self.device, picture)
+        for name, value in quality.items():
+            self.best[name].clamp_(min=value)
+        quality |= {f"best_{name}": value.item() for name, value in self.best.items()}
+        telemetry.note(images, "held-out images", position, **quality)
+        telemetry.log_image(images, picture)
+
+    @torch.no_grad()
+    def measure(self, vae: Any, limit: int) -> dict[str, float]:
+        """Return the mean PSNR, dB, of the reconstructions of the first `limit` held-out images, for each side.
+
+        The ranks divide the images. Raise DataError if none of them can be read.
+        """
+        found = {}
+        for side, dataset in self.measured.items():
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            positions = range(self.here.rank, min(limit, len(dataset)), self.here.size)
+            for images in chunks(dataset, positions, self.device):
+                values = autoencoder.psnr(autoencoder.reconstruct(vae, images), images)
+                sums += torch.stack([values.double().sum(), torch.tensor(len(values), device=self.device)])
+            total, count = distributed.all_reduce_sum(sums).tolist()
+            if not count:
+                raise DataError("held_out: none of its first images can be read; rebuild its shards")
+            found[f"psnr_{side}px"] = round(total / count, 2)
+        return found
+
+    def export(self, facts: dict[str, Any]) -> object:
+        """Export the averaged weights in half precision. What is measured is what is exported."""
+        with self.ema.applied(self.vae):
+            shipped = copy.deepcopy(self.vae).eval().to(memory_format=torch.contiguous_format)
+        dataset = ImageDataset(self.train, 2 * self.config.resolution, seed=self.config.seed)
+        normalise(shipped, dataset, self.device)
+        quality = self.measure(shipped.half().float(), MEASURED_IMAGES)
+        if self.here.is_main:
+            config = OmegaConf.to_container(self.config, resolve=True)
+            record = {"source": "train", **facts, "held_out": quality, "config": config}
+            export_component(shipped.half(), record, self.own.folder, self.record)
+        return quality
+
+
+# ---------------------------------------------------------------- settings
+def check(settings: DictConfig) -> None:
+    """Raise ConfigError or DistError for values that no training can have."""
+    for key in ("num_examples_to_see", "batch_size", "save_every", "log_every"):
+        if settings[key] < 1:
+            raise ConfigError(f"{key}: must be at least 1, got {settings[key]}")
+    weights = {name: settings.loss[name] for name in autoencoder.TERMS}
+    if min(weights.values()) < 0 or not sum(weights.values()) > weights["kl"]:
+        what = "none may be negative, and one besides kl must be above 0"
+        raise ConfigError(f"loss: {weights}: {what}, such as loss.l1=1")
+    if weights["perceptual"] and not settings.loss.perceptual_network:
+        remedy = "name the folder of an image network, such as resources/components/efficientnet-lite0"
+        raise ConfigError(f"loss.perceptual_network: loss.perceptual needs one: {remedy}")
+    if settings.distributed.strategy != "ddp":
+        raise distributed.DistError("distributed.strategy: an autoencoder is not sharded; set it to ddp")
+
+
+def training_folder(output: Path) -> Path:
+    """Return the folder of a component's checkpoints, log and samples: the component itself is replaced whole."""
+    return output.parent / "training" / output.stem
+
+
+# ---------------------------------------------------------------- images and export
+def chunks(dataset: ImageDataset, positions: range, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield the pixels N x 3 x H x W of the readable images at these positions of the stream."""
+    for start in range(0, len(positions), CHUNK):
+        items = [dataset[position] for position in positions[start : start + CHUNK]]
+        if pixels := [item["pixels"] for item in items if "error" not in item]:
+            yield torch.stack(pixels).to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def draw_pairs(vae: Any, dataset: ImageDataset, device: torch.device, path: Path) -> None:
+    """Write a picture of the first images of a dataset, each beside its reconstruction."""
+    images = next(chunks(dataset, range(PAIRS), device))
+    pairs = torch.stack([images, autoencoder.reconstruct(vae, images)], 1).flatten(0, 1)
+    levels = ((pairs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    with atomic_path(path) as temporary:
+        grid([Image.fromarray(image) for image in levels], columns=8).save(temporary, "PNG")
+
+
+@torch.no_grad()
+def normalise(vae: Any, dataset: ImageDataset, device: torch.device) -> None:
+    """Change `vae` so that the latents of the first images of a dataset have zero mean and unit variance."""
+    first = range(min(STATISTICS_IMAGES, len(dataset)))
+    means = [vae.encode(images).latent_dist.mode() for images in chunks(dataset, first, device)]
+    autoencoder.fold_normalisation(vae, *autoencoder.latent_statistics(torch.cat(means)))
+
+
+def export_component(vae: Any, facts: dict, folder: Path, output: Path) -> None:
+    """Write the component atomically, with its log and samples, and its record last."""
+    temporary = temporary_path(output.with_suffix(""))
+    shutil.rmtree(temporary, ignore_errors=True)
+    vae.save_pretrained(temporary, safe_serialization=True)
+    shutil.copytree(folder / "samples", temporary / "samples")
+    shutil.copyfile(folder / "log.jsonl", temporary / "log.jsonl")
+    write_json(temporary / "training.json", facts)
+    output.unlink(missing_ok=True)  # an older record must not describe the new folder
+    replace_folder(temporary, output.with_suffix(""))
+    write_json(output, facts)

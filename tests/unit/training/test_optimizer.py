@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,5 @@ def test_the_optimizer_is_the_one_that_is_named(monkeypatch):
         return torch.optim.SGD(weights, chosen.params.learning_rate)
 
     monkeypatch.setitem(OPTIMIZERS, "sgd", sgd)
-    chosen = settings()
-    chosen.name = "sgd"
+    chosen = SimpleNamespace(name="sgd", params=settings().params)
     assert isinstance(build_optimizer(network(), chosen), torch.optim.SGD)

@@ -699,7 +699,7 @@ def test_an_unreadable_checkpoint_is_refused_and_left(by_milestones, tmp_path, t
 def test_a_second_trainer_in_one_folder_is_refused(by_milestones, train, frozen_yaml):
     before = sorted(by_milestones.rglob("*"))
     with open(by_milestones / RUN / ".lock", "w") as held:
-        fcntl.lockf(held, fcntl.LOCK_EX)  # as a trainer that is still alive holds it
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a trainer that is still alive holds it
         result = train(by_milestones, f"config={frozen_yaml}", "experiment.stop_at=16")
     refused(result, str(RUN), "another process is training here")
     assert sorted(by_milestones.rglob("*")) == before

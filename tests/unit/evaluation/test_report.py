@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from samples import make_sample, write_tar
+from samples import load_script, make_sample, write_tar
 
 from sdtrain.data.manifest import write_manifest
 from sdtrain.io.files import read_json, write_json, write_text
 
-SCRIPT = Path(__file__).resolve().parents[3] / "workflow" / "scripts" / "report.py"
 EVIL = '<script>alert("1")</script> & "quoted" \' {{ 7 * 7 }}'
 SEEN = ["a red square", EVIL]
 STAGES = {"stage1": (32, [0, 320]), "stage2": (64, [0, 160])}
@@ -33,14 +28,7 @@ init: {init}
 """
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report = load_script()
+report = load_script("report")
 
 
 def write_row(folder: Path, px: int, images: int) -> None:
@@ -172,7 +160,7 @@ def test_page_is_self_contained_and_escaped(run):
         "5.6 MB to train on, 780 B",
         "from <i> x height",
         "7 by filters",
-        "1,203 steps whose loss or gradient was no number",
+        "1,203 steps with a non-finite loss or gradient",
         "num_images: 192",
     ):
         assert word in text, word
@@ -238,7 +226,7 @@ def test_lost_input(run, lost, message):
 
 @pytest.mark.parametrize("rows", ["stage1", "stage1/x", ""])
 def test_rows_that_are_none(run, rows):
-    with pytest.raises(SystemExit, match="stage/images is expected, such as stage1/32000"):
+    with pytest.raises(SystemExit, match="expected stage/images, such as stage1/32000"):
         make(run | {"rows": rows})
 
 
@@ -246,31 +234,3 @@ def test_record_without_a_key(run):
     write_json(run["folder"] / "stage1/0/frechet_distance.json", {"metric": "FID"})
     with pytest.raises(SystemExit, match="lacks value, floor, kernel; make it again"):
         make(run)
-
-
-# ---------------------------------------------------------------- curves
-@given(st.floats(1e-6, 1e12))
-def test_ticks_are_few_and_within(end):
-    found = report.ticks(end)
-    assert found[0] == 0 and 3 <= len(found) <= 7 and found[-1] <= end * (1 + 1e-9)
-    assert math.isclose(found[-1], end, rel_tol=0.5)
-
-
-def test_chart_places_points():
-    chart = report.chart("loss", [(0, 0), (50, 5), (100, 10)], width=360, height=190)
-    assert chart["raw"] == chart["smooth"] == "40.0,166.0 194.0,87.0 348.0,8.0"
-    assert chart["x_ticks"][0] == (40.0, "0") and chart["x_ticks"][-1] == (348.0, "100")
-    assert report.chart("loss", [(1, 0.0)])["raw"] == "348.0,166.0"
-
-
-def test_long_curves_are_thinned_and_smoothed():
-    points = [(i, i % 2) for i in range(3001)]
-    assert len(report.chart("loss", points)["raw"].split()) <= report.POINTS
-    assert all(abs(y - 0.5) < 0.01 for _, y in report.smoothed(points))
-
-
-@pytest.mark.parametrize(
-    "value, text", [(0, "0"), (0.25, "0.25"), (999, "999"), (1500, "1.5k"), (2e6, "2M"), (3e9, "3G")]
-)
-def test_short_numbers(value, text):
-    assert report.short(value) == text

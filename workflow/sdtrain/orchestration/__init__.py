@@ -1,4 +1,4 @@
 """The workflow's view: plan, Snakemake invocations, SLURM jobs, status.
 
-Imports `errors`, `io`, `config` and `data.predicates`, and no torch: planning stays fast.
+Imports `errors`, `io`, `config`, `data.predicates` and `evaluation.registry`, and no torch: planning stays fast.
 """

@@ -25,6 +25,7 @@ from sdtrain.config.load import (
 )
 from sdtrain.data import predicates
 from sdtrain.errors import ConfigError, SDTrainError
+from sdtrain.evaluation.registry import measured
 
 
 class Plan:
@@ -225,11 +226,11 @@ class Plan:
 
     def evaluation_components(self, run: DictConfig) -> set[str]:
         """Return the names of the components that the evaluation of a run needs."""
-        return {run.evaluation.features, run.evaluation.alignment} - {None, "fitted"}
+        return {run.evaluation[metric.setting] for metric in measured(run.evaluation)} - {"fitted"}
 
     def metrics(self, run: str) -> list[str]:
         """Return the names of the records of a run's metrics."""
-        return ["frechet_distance"] + (["clip_score"] if self.load_run(run).evaluation.alignment else [])
+        return [metric.record for metric in measured(self.load_run(run).evaluation)]
 
     def rows(self, wildcards: Any) -> list[str]:
         """Return every `stage/milestone` of a run, in order."""

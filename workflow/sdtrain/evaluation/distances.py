@@ -1,0 +1,85 @@
+"""The steps reference_features and frechet_distance: distances of generated images to held-out ones, and floors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from sdtrain import distributed
+from sdtrain.config.fingerprint import code_digest
+from sdtrain.config.load import held_out_dataset
+from sdtrain.data.datasets import PositionDataset, open_dataset
+from sdtrain.evaluation.features import dataset_features, load_tensors, read_samples, remake, sample_features
+from sdtrain.evaluation.metrics import DISTANCES, FeatureSet
+from sdtrain.models.feature_networks import FeatureError, image_features
+
+
+def measure_reference(
+    config: Any, dataset: Any, train_manifest: str, held_out_manifest: str, resolution: int, features: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors of the held-out images, and the record with the floor of every distance.
+
+    A floor is the distance of training images to the held-out ones: what a perfect memory of the training set reaches.
+    `dataset` is the section of a stage; its filters apply.
+    """
+    network = image_features(features, distributed.only_device())
+    held_out = _open_images(held_out_manifest, dataset, resolution, config.seed)
+    train = _open_images(train_manifest, dataset, resolution, config.seed)
+    real = FeatureSet(dataset_features(network, held_out, len(held_out), "held-out images")[0])
+    seen = FeatureSet(dataset_features(network, train, config.num_images, "training images")[0])
+    record = {
+        "network": network.name,
+        "metric": DISTANCES[0].name(network.name),
+        "resolution": resolution,
+        "images": len(real.features),
+        **{distance.floor: distance.measure(seen, real) for distance in DISTANCES},
+        "floor_images": len(seen.features),
+        "dropped": {"held_out": held_out.dropped, "train": train.dropped},
+        "code": code_digest(),
+    }
+    mean, covariance = real.statistics
+    return {"mean": mean, "covariance": covariance, "features": real.features}, record
+
+
+def _open_images(path: str, dataset: Any, resolution: int, seed: int) -> PositionDataset:
+    """Open the images that the filters of a `dataset` section accept, centre-cropped and not mirrored."""
+    dataset = held_out_dataset(dataset, path)
+    dataset.params.update(resolution=resolution, crop="center")
+    return open_dataset(dataset, seed)
+
+
+def measure_distances(samples_path: str, reference_path: str, features: str) -> dict[str, Any]:
+    """Return the record of the distances. Raise FeatureError if samples and reference cannot be compared."""
+    samples = read_samples(samples_path)
+    tensors, about = load_tensors(reference_path, "mean", "covariance", "features")
+    reference = json.loads(about.get("record", "{}"))
+    network = image_features(features, distributed.only_device())
+    for key, value in (("network", network.name), ("resolution", samples["resolution"])):
+        if reference.get(key) != value:
+            raise FeatureError(
+                f"{reference_path}: {key} is {reference.get(key)!r} and the samples' is {value!r}: they cannot be "
+                f"compared; {remake(reference_path)}"
+            )
+    if missing := [distance.floor for distance in DISTANCES if distance.floor not in reference]:
+        raise FeatureError(f"{reference_path}: lacks {', '.join(missing)}; {remake(reference_path)}")
+    made = FeatureSet(sample_features(network, samples, "generated images"))
+    real = FeatureSet(tensors["features"], (tensors["mean"], tensors["covariance"]))
+    first, *others = (
+        {
+            "metric": distance.name(network.name),
+            "value": distance.measure(made, real),
+            "floor": reference[distance.floor],
+        }
+        for distance in DISTANCES
+    )
+    return {
+        **first,
+        "images": len(made.features),
+        "floor_images": reference["floor_images"],
+        "reference_images": reference["images"],
+        "resolution": samples["resolution"],
+        **{distance.key: figures for distance, figures in zip(DISTANCES[1:], others, strict=True)},
+        "code": code_digest(),
+    }

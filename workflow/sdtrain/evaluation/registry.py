@@ -1,0 +1,122 @@
+"""The metrics of a milestone: their records, when they are measured, and how reports show them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the reports: a figure of a record, `path` its keys joined by dots.
+
+    `real` is the path of the figure that real images reach. Without a title, the column has the name of the metric
+    that stands beside the figure.
+    """
+
+    path: str
+    title: str = ""
+    arrow: str = ""  # ↓ if lower is better, ↑ if higher is better
+    real: str = ""
+    scale: int = 1
+    form: str = "{:.1f}"
+    text: bool = True  # whether metrics.txt shows it
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, measured by the rule and the script that are named like its record."""
+
+    record: str  # name of its JSON file beside a milestone
+    key: str  # its place in the rows of metrics.json
+    setting: str  # the key of `evaluation` that names its network; without a value it is not measured
+    needed: tuple[str, ...]  # keys of the record
+    columns: tuple[Column, ...]
+    note: str  # below its headline, a format string over the keys of the record
+    explain: Callable[[Record], list[tuple[str, str]]]  # the terms that the report explains, beside the distances
+    by_resolution: bool = False  # one headline for each resolution, with the figure before training
+
+
+def explain_floor(record: Record) -> list[tuple[str, str]]:
+    """Explain the floor of the distances."""
+    text = (
+        f"The same distance for {record['floor_images']:,} real training images: what a perfect memory of the training "
+        "set reaches."
+    )
+    return [("Floor", text)]
+
+
+def explain_score(record: Record) -> list[tuple[str, str]]:
+    """Explain CLIPScore or the alignment score, and the score with shuffled captions."""
+    count, real = f"{record['images']:,} images", record.get("real")
+    if record["metric"].startswith("CLIPScore"):
+        text = f"100 times the cosine of CLIP's embeddings of image and caption, negative ones as 0, mean over {count}."
+    else:
+        text = (
+            "100 times the cosine of a caption's embedding and the one that a linear map predicts from the image, mean "
+            f"over {count}; 0 means unrelated. It is not CLIPScore. The map was fitted on the training images, which "
+            "favours images that look like them"
+        )
+        if real:
+            text += (
+                f": real images that it was not fitted on, {real['images']:,} held-out ones at "
+                f"{real['resolution']} px, score {real['value']:.1f}, and {real['shuffled']:.1f} when shuffled"
+            )
+        text += "."
+    shuffled = (
+        "The same images with one another's captions: what a model that ignores the caption reaches. In the last row "
+        f"an image's own caption scores {record['difference']:.1f} ± {record['difference_standard_error']:.1f} more."
+    )
+    return [(record["metric"], text), ("Shuffled", shuffled)]
+
+
+METRICS = (
+    Metric(
+        record="frechet_distance",
+        key="frechet_distance",
+        setting="features",
+        needed=("metric", "value", "floor", "kernel"),
+        columns=(
+            Column("value", arrow="↓", real="floor"),
+            Column("floor", title="floor"),
+            Column("images", title="n", real="floor_images", form="{:,}"),
+        ),
+        note="Lower is better; real images reach {floor:.1f}.",
+        explain=explain_floor,
+        by_resolution=True,
+    ),
+    Metric(
+        record="clip_score",
+        key="alignment",
+        setting="alignment",
+        needed=("metric", "value", "shuffled"),
+        columns=(
+            Column("value", arrow="↑", real="real.value"),
+            Column("shuffled", title="shuffled", real="real.shuffled"),
+        ),
+        note="with the captions that the images were made from; {shuffled:.1f} with the same captions shuffled. Higher "
+        "is better.",
+        explain=explain_score,
+    ),
+)
+
+
+def measured(evaluation: Any) -> list[Metric]:
+    """Return the metrics that an `evaluation` section asks for."""
+    return [metric for metric in METRICS if evaluation[metric.setting]]
+
+
+def short_name(metric: str) -> str:
+    """Return the name of a metric without its network, such as `Frechet distance`."""
+    return metric.partition(" (")[0]
+
+
+def figure(record: Record | None, path: str) -> Any:
+    """Return the value at a path of a record, or None."""
+    value: Any = record
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) and key else None
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -14,6 +15,8 @@ from PIL import Image
 from samples import load_script, make_sample, write_tar
 
 from sdtrain.data.manifest import write_manifest
+from sdtrain.evaluation import report as evaluation_report
+from sdtrain.evaluation.metrics import DISTANCES
 from sdtrain.io.files import read_json, write_json, write_text
 
 EVIL = '<script>alert("1")</script> & "quoted" \' {{ 7 * 7 }}'
@@ -228,6 +231,20 @@ def test_lost_input(run, lost, message):
 def test_rows_that_are_none(run, rows):
     with pytest.raises(SystemExit, match="expected stage/images, such as stage1/32000"):
         make(run | {"rows": rows})
+
+
+def test_records_from_before_a_new_distance_are_shown(run, monkeypatch):
+    new = dataclasses.replace(DISTANCES[1], key="new", kind="new distance", about="A new explanation.")
+    monkeypatch.setattr(evaluation_report, "DISTANCES", (*DISTANCES, new))
+    make(run)
+    assert "A new explanation." not in Path(run["html"]).read_text()
+    for images, stage in ((0, "stage1"), (160, "stage2")):
+        path = run["folder"] / stage / str(images) / "frechet_distance.json"
+        write_json(path, read_json(path) | {"new": {"metric": "new distance (Net)", "value": 0.125, "floor": 0.5}})
+    make(run)
+    text = "".join(Page(Path(run["html"]).read_text()).words)
+    assert "New distance × 1000 ↓" in text and "A new explanation." in text
+    assert text.count("125.0") == 2 and "–" in text  # the milestones between have no figure
 
 
 def test_record_without_a_key(run):

@@ -237,7 +237,9 @@ def terms(last: dict[str, Any]) -> list[tuple[str, str]]:
     record = last[METRICS[0].key]
     found = []
     for distance in DISTANCES:
-        block = record[distance.key] if distance.key else record
+        block = record.get(distance.key) if distance.key else record
+        if block is None:  # a record from before this distance
+            continue
         text = distance.about.format(**record)
         if not distance.key and block["metric"] != distance.inception:
             text += " Its network is not the Inception of FID, so it compares with no published value."

@@ -24,17 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdtrain.config import schema
 from sdtrain.config.load import load_config
+from sdtrain.models.attention import attention_kernel, set_attention
 from sdtrain.models.parts import (
     PARTS,
     ModelError,
     TextEncoding,
-    attention_kernel,
     check_resolution,
     encode_images,
     load_part,
     load_parts,
     load_weights,
-    set_attention,
 )
 from sdtrain.models.pipeline import export_pipeline
 

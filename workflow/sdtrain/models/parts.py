@@ -14,22 +14,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.models.attention_processor import Attention
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrain.errors import SDTrainError
 
-transformers.utils.logging.disable_progress_bar()  # a frozen part is read in a blink
+transformers.utils.logging.disable_progress_bar()  # frozen components load in an instant
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
-KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 
 class ModelError(SDTrainError, ValueError):
@@ -173,10 +165,11 @@ def _from_pretrained(name: str, source: str, subfolder: str | None, key: str | N
         return cls.from_pretrained(source, torch_dtype=torch.float32, **where)
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         key = key or f"model.{name}.pretrained"
-        raise ModelError(f"{key}: {source}: not loadable: {_first_line(error)}") from error
+        raise ModelError(f"{key}: {source}: not loadable: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -226,7 +219,7 @@ def _refusals(name: str, cls: type):
     except ModelError:
         raise
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError, OSError) as error:
-        raise ModelError(f"model.{name}.params: {cls.__name__} refuses them: {_first_line(error)}") from error
+        raise ModelError(f"model.{name}.params: {cls.__name__} refuses them: {first_line(error)}") from error
 
 
 def _check_divisors(name: str, cls: type, params: dict) -> None:
@@ -283,71 +276,6 @@ def load_weights(unet: nn.Module, folder: str | Path, key: str, which: str = "em
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise ModelError(f"{key}: {folder}: these weights do not fit model.unet: {reason}") from error
-
-
-def set_attention(
-    unet: nn.Module, xformers: bool, attention: str | None, device: torch.device, dtype: torch.dtype = torch.float32
-) -> None:
-    """Use the attention of xformers if requested, otherwise torch's, and test the named kernel of torch.
-
-    `dtype` is that of the training's matrix products. Raise ModelError if the attention cannot run on this machine.
-    """
-    if xformers and attention:
-        raise ModelError(
-            "model.attention: xformers has a kernel of its own; set model.xformers=false or leave this out"
-        )
-    if attention:
-        _try_kernel(unet, attention, device, dtype)
-    if xformers and device.type != "cuda":
-        warnings.warn("model.xformers: needs CUDA; torch's own attention is used on this device", stacklevel=2)
-    elif xformers:
-        _use_xformers(unet)
-
-
-def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
-    """Return a reusable context in which torch computes attention with one kernel, or with its default without a name.
-
-    Kernels: flash (Dao et al. 2022, arXiv 2205.14135), efficient (Rabe & Staats 2021, arXiv 2112.05682), cudnn, math.
-    Use it for the forward and backward pass of the UNet only (checkpointing repeats the forward in the backward): some
-    kernels support neither the wide heads of a VAE nor the mask of a text encoder.
-    """
-    return _Kernel(KERNELS[name]) if name else contextlib.nullcontext()
-
-
-class _Kernel:
-    """A reusable context: it creates a new `sdpa_kernel` of torch, which can be entered only once, at each entry."""
-
-    def __init__(self, backend: SDPBackend):
-        self.backend = backend
-
-    def __enter__(self):
-        self.context = sdpa_kernel(self.backend)
-        self.context.__enter__()
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
-
-
-def _try_kernel(unet: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Run a small forward and backward pass for each head width of the UNet."""
-    for width in sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}):
-        x = torch.ones(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
-        try:
-            with attention_kernel(name):
-                nn.functional.scaled_dot_product_attention(x, x, x).sum().backward()
-        except RuntimeError as error:
-            case = f"on {device.type} with {str(dtype).removeprefix('torch.')} and heads {width} wide"
-            raise ModelError(f"model.attention: {name} cannot run {case}; leave it out, or name another") from error
-
-
-def _use_xformers(unet: Any) -> None:
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except ModuleNotFoundError:
-        remedy = "pip install -r requirements/gpu.txt, or set model.xformers=false"
-        raise ModelError(f"model.xformers: the package is not installed: {remedy}") from None
-    except (ValueError, RuntimeError) as error:  # no CUDA device, or a build for another one
-        raise ModelError(f"model.xformers: cannot run here: {_first_line(error)}; set model.xformers=false") from error
 
 
 class TextEncoding:

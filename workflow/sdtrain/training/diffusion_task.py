@@ -21,17 +21,16 @@ from sdtrain.data.datasets import open_dataset
 from sdtrain.errors import ConfigError
 from sdtrain.io.files import atomic_path, replace_link, write_json
 from sdtrain.models import lora
+from sdtrain.models.attention import attention_kernel, set_attention
 from sdtrain.models.parts import (
     ModelError,
     Parts,
     TextEncoding,
-    attention_kernel,
     check_resolution,
     encode_images,
     encode_moments,
     load_parts,
     load_weights,
-    set_attention,
 )
 from sdtrain.models.pipeline import export_pipeline, generate, grid, pipeline_of
 from sdtrain.training import identity, objective, parallel

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo status test test-slurm lint types bench lock clean-env
+.PHONY: help env demo status test test-slurm lint bench lock clean-env
 
 PYTHON ?= python3.11
 RUN ?= demo
@@ -38,14 +38,12 @@ test-slurm: env  ## run the tests that need SLURM, on a temporary cluster of 16 
 	@trap 'tests/slurm/cluster.sh down' EXIT; tests/slurm/cluster.sh up || true; \
 		OMP_NUM_THREADS=1 python -m pytest tests/slurm $(ARGS)
 
-lint: env  ## check Python and Snakemake files, and that docs/configuration.md fits the schema
+lint: env  ## check format, rules and types of the code, and that docs/configuration.md fits the schema
 	ruff format --check .
 	ruff check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 	python -m sdtrain.config.docs --check
-
-types: env  ## check the types of the library with mypy
 	mypy
 
 bench: env  ## run the side-by-side measurements in benchmarks/

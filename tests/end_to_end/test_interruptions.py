@@ -278,5 +278,5 @@ def test_a_rollback_interrupted_by_kills_ends_the_same(rolled_back, tmp_path, tr
 def test_what_never_gets_better_ends(tmp_path, train, stage_yaml, poisoned):
     options = [*poisoned(range(41)), "experiment.max_nonfinite=5", "experiment.max_rollbacks=2"]  # saves every 4
     result = train(tmp_path, f"config={stage_yaml}", *options)
-    refused(result, "non-finite", "2 returns to the checkpoint at 0 images", "optimizer.params.learning_rate")
+    refused(result, "non-finite", "2 rollbacks to the checkpoint at 0 images", "optimizer.params.learning_rate")
     assert not list(tmp_path.rglob("train.json"))

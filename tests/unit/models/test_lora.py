@@ -165,7 +165,7 @@ def test_a_target_without_a_layer_is_named_with_those_there_are(unet, target):
 @pytest.mark.parametrize("values", [{"rank": 0}, {"rank": -1}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_ranks_and_dropouts_out_of_range_are_named(unet, values):
     ((key, value),) = values.items()
-    with pytest.raises(ConfigError, match=rf"{key}: (must be .*, got {value}|{value} is no share; set )"):
+    with pytest.raises(ConfigError, match=rf"{key}: ({value} )?must be at least "):
         lora.add(unet, settings(**values))
 
 

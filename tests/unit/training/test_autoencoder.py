@@ -95,7 +95,7 @@ def test_the_side_of_the_latents():
     vae = autoencoder.build(PARAMS, 16)
     assert [autoencoder.latent_side(vae, resolution) for resolution in (2, 16, 34)] == [1, 8, 17]
     for resolution, near in ((17, "16 or 18"), (1, "2 or 4"), (0, "2 or 4")):
-        with pytest.raises(ModelError, match=f"^resolution: {resolution} is no multiple of 2, .* set {near}"):
+        with pytest.raises(ModelError, match=f"^resolution: {resolution} is not a multiple of 2, .* set {near}"):
             autoencoder.latent_side(vae, resolution)
 
 

@@ -159,7 +159,7 @@ def test_a_cut_checkpoint_is_named(tmp_path):
     fill(saves, 5)
     (data,) = (tmp_path / "5").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match="5: unreadable checkpoint, .*; delete it to go on from the one before"):
+    with pytest.raises(CheckpointError, match="5: unreadable checkpoint, .*; delete it to resume from the one before"):
         saves.load(5)
 
 

@@ -397,7 +397,7 @@ def test_after_too_many_it_goes_back_and_on_with_other_data_whatever_kills_it(po
 
 def test_what_never_gets_better_ends(poisoned, train, tmp_path):
     result = train(tmp_path, *poisoned(range(41)), "max_nonfinite=2", "max_rollbacks=2")
-    refused(result, "non-finite", "2 returns to the checkpoint at 0 images", "optimizer.params.learning_rate")
+    refused(result, "non-finite", "2 rollbacks to the checkpoint at 0 images", "optimizer.params.learning_rate")
     assert not (tmp_path / "component.json").exists()
 
 
@@ -475,7 +475,7 @@ MISTAKES = {  # what is said on the command line, and what the one message must 
     "groups": (["params.norm_num_groups=3"], ["params.norm_num_groups: 3 does not divide", "1, 2, 4, 8 do"]),
     "unknown parameter": (["params.latent_chanels=3"], ["params: AutoencoderKL refuses them", "latent_chanels"]),
     "unknown key": (["batchsize=3"], ["unknown key batchsize; did you mean batch_size"]),
-    "resolution": (["resolution=17"], ["resolution: 17 is no multiple of 2", "set 16 or 18"]),
+    "resolution": (["resolution=17"], ["resolution: 17 is not a multiple of 2", "set 16 or 18"]),
     "precision": (["mixed_precision=fp8"], ["mixed_precision", "fp8", "bf16"]),
     "batch of none": (["batch_size=0"], ["batch_size: must be at least 1, got 0"]),
     "no loss": ([f"loss.{name}=0" for name in autoencoder.TERMS if name != "kl"], ["loss: ", "such as loss.l1=1"]),

@@ -1,4 +1,4 @@
-"""A KL autoencoder in training: its network, the terms of its loss, its quality, and latents of unit variance.
+"""A KL autoencoder: its network, the terms of its loss, its quality, and latents of unit variance.
 
 Images are float N x 3 x H x W in [-1, 1], latents N x C x h x w. The loss is that of Rombach et al. 2022 (arXiv
 2112.10752) without its adversarial term, with terms that small networks need.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,9 @@ TERMS = ("l1", "l2", "low_pass", "gradient", "chroma", "kl", "perceptual")  # th
 
 # ---------------------------------------------------------------- the network
 def build(params: dict, resolution: int) -> AutoencoderKL:
-    """An AutoencoderKL with these parameters that encodes images of `resolution` pixels a side, and of twice that.
+    """Return an AutoencoderKL with these parameters, for images of `resolution` pixels per side and of twice that.
 
-    Raises ModelError, naming the key, for parameters and resolutions that it cannot work with.
+    Raise ModelError, naming the key, for invalid parameters and resolutions.
     """
     try:
         _check_groups(params)
@@ -49,7 +50,7 @@ def build(params: dict, resolution: int) -> AutoencoderKL:
 
 
 def _check_groups(params: dict) -> None:
-    """Refuse groups that do not divide the channels of every level."""
+    """Raise ModelError for groups that do not divide the channels of every level."""
     values = {key: p.default for key, p in inspect.signature(AutoencoderKL).parameters.items()} | params
     groups, channels = values["norm_num_groups"], values["block_out_channels"]
     if groups < 1 or any(c % groups for c in channels):
@@ -59,25 +60,24 @@ def _check_groups(params: dict) -> None:
 
 
 def latent_side(vae: AutoencoderKL, resolution: int) -> int:
-    """The side of the latents of images of `resolution` pixels; ModelError where the halvings do not divide that."""
+    """Return the side of the latents of images of `resolution` pixels. Raise ModelError if they do not divide."""
     step = 2 ** (len(vae.config.block_out_channels) - 1)
     if resolution < 1 or resolution % step:
         below = max(step, resolution // step * step)
         near = f"{below} or {below + step}"
-        raise ModelError(f"resolution: {resolution} is no multiple of {step}, by which params divides: set {near}")
+        raise ModelError(f"resolution: {resolution} is not a multiple of {step}, by which params divides: set {near}")
     return resolution // step
 
 
 class Reconstruction(nn.Module):
-    """Images there and back through a sample of the posterior: one module, so that ranks can share its gradient."""
+    """Encode images and decode a sample of the posterior: one module, so that DDP can reduce its gradient."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """With standard normal noise of the latents' shape: the output, and the posterior's mean and log variance, all
-        float32."""
+        """Return output, mean and log variance of the posterior, all float32, for noise of the latents' shape."""
         posterior = self.vae.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + (logvar / 2).exp() * noise
@@ -85,7 +85,7 @@ class Reconstruction(nn.Module):
 
 
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Images there and back through the posterior's mean, in [-1, 1]."""
+    """Return the reconstructions, in [-1, 1], from the mean of the posterior."""
     return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
 
 
@@ -95,14 +95,15 @@ def loss_terms(
     images: torch.Tensor,
     mean: torch.Tensor,
     logvar: torch.Tensor,
-    weights,
+    weights: Any,
     distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Each term of an AutoencoderLoss times its weight, where that is not 0, a scalar; their sum is the loss.
+    """Return each term of an AutoencoderLoss with a weight other than 0, times its weight; their sum is the loss.
 
     `mean` and `logvar` are the posterior's; `distance`, of two batches of images in 0..255, is the perceptual one, N.
     """
     error = output - images
+    perceptual = distance or (lambda a, b: torch.zeros(len(a)))  # not called without a weight
     terms = {
         "l1": lambda: error.abs().mean(),
         "l2": lambda: error.square().mean(),
@@ -110,26 +111,26 @@ def loss_terms(
         "gradient": lambda: error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
         "chroma": lambda: (error - error[:, 1:2])[:, ::2].abs().mean(),  # R-G and B-G
         "kl": lambda: kl_divergence(mean, logvar),
-        "perceptual": lambda: distance((output + 1) * 127.5, (images + 1) * 127.5).mean(),
+        "perceptual": lambda: perceptual((output + 1) * 127.5, (images + 1) * 127.5).mean(),
     }
     return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
 
 
 def kl_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL of normals from the unit normal, mean over all values (Kingma & Welling 2014, arXiv 1312.6114)."""
+    """Return the KL divergence from the unit normal, mean over all values (Kingma & Welling 2014, arXiv 1312.6114)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
 
 def psnr(output: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image, dB, N."""
+    """Return the peak signal-to-noise ratio of each image, dB, N."""
     return -10 * ((output - images) / 2).square().flatten(1).mean(1).log10()
 
 
 # ---------------------------------------------------------------- normalised latents
 def latent_statistics(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation, 0.001 at least, by channel, C each, of the posteriors' means."""
+    """Return mean and standard deviation (at least 0.001) of the posterior means for each channel, C each."""
     flat = means.transpose(0, 1).flatten(1)
-    return flat.mean(1), flat.std(1).clamp(min=1e-3)  # a channel that says nothing is not blown up
+    return flat.mean(1), flat.std(1).clamp(min=1e-3)  # a constant channel is not amplified
 
 
 @torch.no_grad()

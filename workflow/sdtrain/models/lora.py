@@ -7,29 +7,30 @@ that the UNet starts as it was; only A and B are trained.
 from __future__ import annotations
 
 import copy
-import os
 import re
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
 from sdtrain.errors import ConfigError
+from sdtrain.io.files import atomic_path
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
-def add(unet: nn.Module, settings) -> None:
-    """Freeze a UNet and add what `settings`, a `model.lora` section, says: new float32 weights, the ones to train.
+def add(unet: Any, settings: Any) -> None:
+    """Freeze a UNet and add the trainable float32 weights of `settings`, a `model.lora` section.
 
-    Raises ConfigError for a rank or dropout out of range and for a target that names no layer.
+    Raise ConfigError for a rank or dropout out of range and for a target that names no layer.
     """
-    import peft  # here: a second of start-up that only trainings of additions pay
+    import peft  # imported here: it takes a second, which only trainings with LoRA need
 
     if settings.rank < 1:
-        raise ConfigError(f"model.lora.rank: {settings.rank} is no rank; set 1 or more, such as 4")
+        raise ConfigError(f"model.lora.rank: {settings.rank} must be at least 1, such as 4")
     if not 0 <= settings.dropout < 1:
-        raise ConfigError(f"model.lora.dropout: {settings.dropout} is no share; set 0 or more, and less than 1")
+        raise ConfigError(f"model.lora.dropout: {settings.dropout} must be at least 0 and less than 1")
     layers = _find_layers(unet, settings.targets)
     unet.requires_grad_(False)
     unet.add_adapter(
@@ -50,18 +51,18 @@ def _find_layers(unet: nn.Module, targets: list[str]) -> list[str]:
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in targets or [""]:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
-            there = sorted({re.search(r"[^.]+(\.\d+)?$", name)[0] for name in layers})
+            there = sorted({match[0] for name in layers if (match := re.search(r"[^.]+(\.\d+)?$", name))})
             raise ConfigError(f"model.lora.targets: '{target}' is no layer of the UNet; there are {', '.join(there)}")
     return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
-def export(unet: nn.Module, folder: str | Path) -> Path:
-    """Write the additions as FILE, whole or not at all, and return its path.
+def export(unet: Any, folder: str | Path) -> Path:
+    """Write the LoRA weights as FILE, atomically, and return its path.
 
-    `StableDiffusionPipeline.load_lora_weights(folder)` reads it. The scale is multiplied into B: whatever reads the
-    file needs to know nothing but the weights.
+    `StableDiffusionPipeline.load_lora_weights(folder)` reads it. The scale is multiplied into B, so that readers of the
+    file need the weights only.
     """
-    weights = {}
+    weights: dict[str, Any] = {}
     for name, layer in unet.named_modules():
         if not hasattr(layer, "lora_A"):
             continue
@@ -69,15 +70,14 @@ def export(unet: nn.Module, folder: str | Path) -> Path:
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
         weights |= {f"unet.{name}.lora_A.weight": a, f"unet.{name}.lora_B.weight": b}
     path = Path(folder, FILE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    save_file({key: w.detach().contiguous().cpu() for key, w in weights.items()}, aside, metadata={"format": "pt"})
-    os.replace(aside, path)
+    tensors = {key: w.detach().contiguous().cpu() for key, w in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     return path
 
 
-def merged(unet: nn.Module) -> nn.Module:
-    """A copy of the UNet with the additions in its own weights and no other layers: a plain UNet."""
+def merged(unet: Any) -> Any:
+    """Return a copy of the UNet with the LoRA weights merged into its own: a plain UNet."""
     plain = copy.deepcopy(unet)
     plain.fuse_lora()
     plain.unload_lora()

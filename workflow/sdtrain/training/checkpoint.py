@@ -1,8 +1,8 @@
 """Save, find and load the whole training state.
 
 A checkpoint is a folder of torch.distributed.checkpoint, named by images seen, in a folder keyed by the fingerprint of
-what decides the weights. Every rank writes its share in the background; the folder appears whole or not at all, older
-ones go only when the new one is there, and any number of ranks, replicated or sharded, can read it.
+what decides the weights. Every rank writes its part in the background. The folder appears atomically, older
+checkpoints are deleted only afterwards, and any number of ranks, replicated or sharded, can read it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,12 @@ from sdtrain.distributed import is_lost
 from sdtrain.errors import SDTrainError
 from sdtrain.io.files import hold_lock, write_json, write_text
 
-# One process without a process group is meant so
+# One process without a process group is intended
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 class CheckpointError(SDTrainError, RuntimeError):
-    """A checkpoint or run folder that cannot be used; the message names it and the remedy."""
+    """A checkpoint or run folder that cannot be used."""
 
 
 # ---------------------------------------------------------------- the state of a training
@@ -41,20 +42,27 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, state: dict, *, main=True, group=None, keep: int | None = 1, always: set[int] = ()
+        self,
+        folder: str | Path,
+        state: dict,
+        *,
+        main: bool = True,
+        group: Any = None,
+        keep: int | None = 1,
+        always: Iterable[int] = (),
     ):
         self.folder, self.state, self.main, self.group = Path(folder), state, main, group
         self.keep, self.always = keep, set(always)
-        self.pending: tuple[int, object] | None = None
+        self.pending: tuple[int, Any] | None = None
         self.newest: int | None = None  # images of what was last written, or read
 
     def saved(self) -> list[int]:
-        """Images seen of the whole checkpoints here, ascending."""
+        """Return the images seen of the complete checkpoints, ascending."""
         whole = (path.parent.name for path in self.folder.glob("*/.metadata"))
         return sorted(int(name) for name in whole if name.isdigit())
 
     def save(self, images: int) -> None:
-        """Copy the state as it is now, and write it as `{images}` in the background. Raises what `finish` raises."""
+        """Copy the current state and write it as `{images}` in the background. Raise what `finish` raises."""
         self.finish()
         aside = self.folder / f".{images}.tmp"
         if self.main:
@@ -69,13 +77,13 @@ class Checkpoints:
         self.pending = images, future
 
     def settled(self) -> bool:
-        """Whether the last save has come to an end on this rank, well or not."""
+        """Return whether the last save has ended on this rank, successfully or not."""
         return self.pending is not None and self.pending[1].done()
 
     def finish(self) -> None:
-        """Wait for the save under way, put it in place, then delete what is no longer to be kept.
+        """Wait for the pending save, rename its folder, then delete checkpoints that are no longer kept.
 
-        Raises CheckpointError on every rank where one of them could not write; the checkpoints before are untouched.
+        Raise CheckpointError on every rank if one of them could not write; earlier checkpoints are untouched.
         """
         if self.pending is None:
             return
@@ -99,7 +107,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named(self, images: int) -> Iterator[None]:
-        """Turn a failed write into one message, and clear away its traces."""
+        """Raise a failed write as CheckpointError, and delete the temporary folder."""
         try:
             yield
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
@@ -115,7 +123,7 @@ class Checkpoints:
     def load(self, images: int) -> None:
         """Read a checkpoint into the live tensors. Nothing in it is executed.
 
-        Raises CheckpointError for one that is damaged or of another architecture.
+        Raise CheckpointError if it is damaged or of another architecture.
         """
         path, self.newest = self.folder / str(images), images
         try:
@@ -127,15 +135,15 @@ class Checkpoints:
                 raise
             raise CheckpointError(
                 f"{path}: unreadable checkpoint, or one of another architecture ({_reason(error)}); "
-                "delete it to go on from the one before"
+                "delete it to resume from the one before"
             ) from error
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads tensors only: of the pickled index, nothing but torch's own plain classes is made."""
+    """A reader of tensors only: the pickled index may create nothing but torch's own plain classes."""
 
     def read_metadata(self, *args, **kwargs) -> dcp_metadata.Metadata:
-        """The index of a checkpoint's tensors."""
+        """Return the index of a checkpoint's tensors."""
         with open(Path(self.path, ".metadata"), "rb") as file:
             found = _Unpickler(file).load()
         odd = [k for k, v in found.state_dict_metadata.items() if not isinstance(v, dcp_metadata.TensorStorageMetadata)]
@@ -146,7 +154,7 @@ class _Reader(dcp.FileSystemReader):
         return found
 
 
-INDEX_NAMES = {  # all that an index of tensors is made of
+INDEX_NAMES = {  # the only names that an index of tensors needs
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
         *("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
@@ -160,14 +168,14 @@ INDEX_NAMES = {  # all that an index of tensors is made of
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        """A class that an index of tensors is made of; anything else is refused."""
+        """Return a class of INDEX_NAMES; raise UnpicklingError for any other."""
         if name not in INDEX_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
 
 
 def _reason(error: BaseException) -> str:
-    """What one rank ran into, in one line."""
+    """Return the error of one rank in one line."""
     failures = getattr(error, "failures", None)
     if failures:
         rank, (cause, _) = sorted(failures.items())[0]
@@ -177,7 +185,7 @@ def _reason(error: BaseException) -> str:
 
 
 def remove_checkpoint(folder: Path, images: int) -> None:
-    """Delete a checkpoint; one that is half deleted no longer counts as one."""
+    """Delete a checkpoint. A partly deleted one no longer counts as a checkpoint."""
     path = Path(folder, str(images))
     (path / ".metadata").unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
@@ -185,13 +193,12 @@ def remove_checkpoint(folder: Path, images: int) -> None:
 
 # ---------------------------------------------------------------- milestones
 def start_milestone(checkpoints: Checkpoints, images: int, previous: int, code: str) -> None:
-    """Prepare for the job that trains up to `images` images, having `previous` behind it.
+    """Prepare a job that trains up to `images` images, after `previous` images: the end of the milestone before it.
 
-    `previous` is where the milestone before it ended, with a whole batch. A finished milestone's mark holds what code
-    it was trained with. Asked for again with other code, it is trained again from the milestone before; with the same
-    code that would give the same weights, so what is there is only exported again.
+    The mark of a finished milestone holds the digest of the code that trained it. With other code, the milestone is
+    trained again from the one before; with the same code the weights would be the same, so it is only exported again.
     """
-    for remains in checkpoints.folder.glob(".*.tmp"):  # of saves that were killed
+    for remains in checkpoints.folder.glob(".*.tmp"):  # of killed saves
         shutil.rmtree(remains, ignore_errors=True)
     mark = checkpoints.folder / f"{images}.done"
     if mark.exists() and mark.read_text().strip() != code:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ class DiffusionTask(Task):
 # ---------------------------------------------------------------- the network
 @dataclass
 class Network:
-    """A latent diffusion model in training: `unet` holds the weights, `model` is what to call over all ranks."""
+    """A latent diffusion model in training: `unet` holds the weights; `model` is called: the UNet, or DDP around it."""
 
     parts: Parts
     unet: nn.Module
@@ -163,7 +164,7 @@ class Network:
 
 
 def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Network:
-    """The network of a stage: its weights, from `init` where there is one, spread over the ranks, and their average."""
+    """Return the network of a stage on all ranks, with the weights of `init` if there is one, and its average."""
     parts = load_parts(cfg.model).to(device)
     unet, bf16 = parts.unet, cfg.model.mixed_precision == "bf16"
     side = check_resolution(parts, cfg.dataset.params.resolution)
@@ -177,10 +178,10 @@ def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Netw
         lora.add(unet, cfg.model.lora)
     encode_text = TextEncoding(parts.tokenizer, parts.text_encoder, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    with autocast:  # as in training: it stays in the cache
+    with autocast:  # as in training, which keeps the cast weights in the autocast cache
         empty_text = encode_text([""])
     latents_shape = (unet.config.in_channels, side, side)
-    flops = training_flops(unet, latents_shape, empty_text.shape[1:])
+    flops = training_flops(unet, latents_shape, (empty_text.shape[1], empty_text.shape[2]))
     average = _initial_average(cfg, unet)
     _set_computation(cfg, unet, parts.vae, device, torch.bfloat16 if bf16 else torch.float32)
     model = parallel.spread(unet, cfg.distributed.strategy, world_size, device, bf16)
@@ -206,7 +207,7 @@ def build(cfg, world_size: int, device: torch.device, global_batch: int) -> Netw
 
 
 def _initial_average(cfg, unet: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The weights that the moving average starts from, where they are not the UNet's own."""
+    """Return the weights that the moving average starts from, or None for the UNet's own."""
     if not (cfg.model.use_ema and cfg.model.ema.path):
         return None
     start = copy.deepcopy(unet)
@@ -214,14 +215,14 @@ def _initial_average(cfg, unet: nn.Module) -> dict[str, torch.Tensor] | None:
     return dict(start.named_parameters())
 
 
-def _set_computation(cfg, unet: nn.Module, vae: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Set how the UNet is computed: attention, recomputation, memory format, compilation. Its weights stay."""
+def _set_computation(cfg: Any, unet: Any, vae: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Set attention, gradient checkpointing, memory format and compilation of the UNet. Its weights do not change."""
     set_attention(unet, cfg.model.xformers, cfg.model.attention, device, dtype)
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if cfg.system.channels_last:
         vae.to(memory_format=torch.channels_last)
-        if cfg.distributed.strategy == "ddp":  # weights that are sharded must be contiguous; their input decides then
+        if cfg.distributed.strategy == "ddp":  # sharded weights must stay contiguous
             unet.to(memory_format=torch.channels_last)
     parallel.compile_model(unet, cfg.model.compile)
     unet.train()
@@ -229,7 +230,7 @@ def _set_computation(cfg, unet: nn.Module, vae: nn.Module, device: torch.device,
 
 # ---------------------------------------------------------------- a batch
 def batch_losses(net: Network, batch: dict, draws: objective.Draws, dataset, settings) -> torch.Tensor:
-    """Losses float32 N of a micro-batch's images, by an `objective` section; their graph leads to the weights."""
+    """Return the losses float32 N of the images of a micro-batch; `settings` is an `objective` section."""
     with torch.no_grad(), net.autocast:
         text = _text_states(net, batch, draws.drop, dataset)
         if "latents" in batch:
@@ -249,7 +250,7 @@ def batch_losses(net: Network, batch: dict, draws: objective.Draws, dataset, set
 
 
 def _text_states(net: Network, batch: dict, drop: torch.Tensor, dataset) -> torch.Tensor:
-    """States of a batch's captions N x tokens x width, those of the empty caption where `drop`, bool N, says so."""
+    """Return the states of the captions, N x tokens x width; of the empty caption where `drop`, bool N, is true."""
     if "text" in batch:
         cached = batch["text"].to(net.device, non_blocking=True)
         return torch.where(drop.to(net.device)[:, None, None], dataset.empty_text.to(net.device), cached)
@@ -257,14 +258,14 @@ def _text_states(net: Network, batch: dict, drop: torch.Tensor, dataset) -> torc
 
 
 def find_micro_batch(net: Network, share: int, pixels: int | None) -> int:
-    """The largest divisor of `share`, a rank's images a step, whose forward and backward fit the GPU on every rank.
+    """Return the largest divisor of `share`, a rank's images per step, that fits the GPU of every rank.
 
-    `pixels` is the side of the images that are encoded first, None where latents come ready.
+    `pixels` is the side of the images that are encoded first, or None for cached latents.
     """
 
     def attempt(count: int) -> None:
         try:
-            # not through DDP, which would wait for the other ranks, and for ever after a pass that did not end
+            # not through DDP, which would wait for other ranks whose pass ran out of memory
             trial_pass(net, net.unet, count)
             if pixels:
                 with net.autocast:
@@ -276,14 +277,14 @@ def find_micro_batch(net: Network, share: int, pixels: int | None) -> int:
 
 
 def trial_pass(net: Network, model: nn.Module, count: int) -> None:
-    """A forward and backward of so many latents that teach nothing, through the UNet itself or the module around it."""
+    """Run a dummy forward and backward pass of `count` latents, through the UNet itself or the module around it."""
     with net.autocast, net.kernel:
         latents = torch.zeros(count, *net.latents_shape, device=net.device).to(memory_format=net.layout)
         text, times = net.empty_text.expand(count, -1, -1), torch.zeros(count, device=net.device)
         model(latents, times, encoder_hidden_states=text).sample.square().mean().backward()
 
 
-# ---------------------------------------------------------------- what it has learnt
+# ---------------------------------------------------------------- samples and export
 def read_captions(experiment: Any) -> list[str]:
     """Return the first `num_eval_images` captions of `eval_caption_file`. Raise ConfigError if there are none."""
     path = Path(experiment.eval_caption_file)
@@ -304,7 +305,7 @@ def read_captions(experiment: Any) -> list[str]:
 def draw_grid(
     net: Network, captions: list[str], resolution: int, experiment, here: distributed.World, path: Path
 ) -> None:
-    """Draw captions with the averaged weights, where there are any: each rank a share, together, as shards must."""
+    """Draw captions with the averaged weights, if any. Each rank draws a part; all call this, as FSDP needs."""
     share = math.ceil(len(captions) / here.size)
     first = here.rank * share
     mine = [captions[min(i, len(captions) - 1)] for i in range(first, first + share)]
@@ -322,10 +323,12 @@ def draw_grid(
 
 
 def export(net: Network, folder: Path, main: bool) -> Path:
-    """Write the pipeline: averaged weights where there are any, the raw ones beside them as unet_raw; all ranks call.
+    """Write the pipeline of the averaged weights, if any, with the raw ones as unet_raw. All ranks call this.
 
-    Low-rank additions are folded into its UNet, and lie by themselves in its folder lora.
+    LoRA weights are merged into its UNet, and written to its folder lora as well.
     """
+    unet: Any
+    extra: dict[str, Callable[[Path], object]]
     raw = parallel.plain_unet(net.unet, main) if net.ema and not net.lora else None
     with net.ema.applied(net.unet) if net.ema else contextlib.nullcontext():
         if net.lora:

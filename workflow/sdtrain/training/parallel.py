@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -88,7 +88,7 @@ def reduce_gradients(model: nn.Module, now: bool) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
     skip = isinstance(model, DistributedDataParallel) and not now
-    with model.no_sync() if skip else contextlib.nullcontext():
+    with cast(DistributedDataParallel, model).no_sync() if skip else contextlib.nullcontext():
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a training has behind it: counts, and the losses since its last log line, as live tensors of its checkpoints."""
+"""Training counters that are saved in checkpoints, and the losses since the last log line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ COUNTS = (
     "updates",  # optimizer steps taken
     "skipped",  # steps whose loss or gradient norm was not finite, in all
     "in_a_row",  # of those, the ones since the last update
-    "moved",  # images of the stream that rollbacks left behind
+    "moved",  # images of the stream that rollbacks skipped
     "rollbacks",  # in all
     "tries",  # rollbacks since the last update
-    "lost",  # unreadable samples that others stood in for
+    "lost",  # unreadable samples that other samples replaced
 )
 
 
 class Progress:
-    """Counts of a training, the same on all ranks, and sums of `kinds` losses with their numbers of images, float64."""
+    """Counters of a training, the same on all ranks, and float64 sums of `kinds` losses and of their images."""
 
     def __init__(self, kinds: int = 1):
         self.counts = {name: torch.zeros((), dtype=torch.int64) for name in COUNTS}
@@ -26,14 +26,14 @@ class Progress:
 
     @property
     def state(self) -> dict:
-        """The part of a checkpoint's state."""
+        """Return the tensors that a checkpoint holds."""
         return {"progress": self.counts, "window": self.window}
 
     def __getitem__(self, name: str) -> int:
         return int(self.counts[name])
 
     def learn(self, losses: list[float], images: list[float]) -> None:
-        """A step has been taken: sums of its losses, and how many images each sum is over, over all ranks."""
+        """Count an optimizer step, with the sums of its losses and the images of each sum, over all ranks."""
         self.window["losses"] += torch.tensor(losses, dtype=torch.float64)
         self.window["images"] += torch.tensor(images, dtype=torch.float64)
         self.counts["in_a_row"].zero_()
@@ -46,23 +46,24 @@ class Progress:
         self.counts["in_a_row"] += 1
 
     def take_losses(self) -> tuple[float, list[float]]:
-        """The mean loss since the last call, and that of each kind; NaN without images."""
+        """Return the mean loss since the last call, and that of each kind; NaN without images."""
         losses, images = self.window["losses"].clone(), self.window["images"].clone()
         for tensor in self.window.values():
             tensor.zero_()
         return (losses.sum() / images.sum()).item(), (losses / images).tolist()
 
     def roll_back(self, checkpoints: Checkpoints, images: int, limit: int) -> int:
-        """At `images` images seen, load the newest checkpoint again, and move its data on to what follows now.
+        """Load the newest checkpoint at `images` images seen; training continues with the data that follow.
 
-        Returns the images seen there. Raises CheckpointError after `limit` returns without an update since.
+        Return the images seen at the checkpoint. Raise CheckpointError after `limit` rollbacks without an update.
         """
         checkpoints.finish()
         back = checkpoints.newest
+        assert back is not None, "a checkpoint was written or loaded before the first step"
         kept = {name: self[name] for name in ("skipped", "moved", "rollbacks", "tries", "lost")}
         if kept["tries"] >= limit:
             raise CheckpointError(
-                f"non-finite losses after {limit} returns to the checkpoint at {back:,} images; lower "
+                f"non-finite losses after {limit} rollbacks to the checkpoint at {back:,} images; lower "
                 "optimizer.params.learning_rate, or look for damaged samples"
             )
         checkpoints.load(back)

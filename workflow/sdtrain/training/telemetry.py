@@ -1,4 +1,4 @@
-"""Progress, throughput, model FLOPs, a JSONL log that survives, and wandb: one small object."""
+"""Progress, throughput, model FLOPs, the JSONL log and wandb."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from omegaconf import OmegaConf
@@ -53,7 +54,7 @@ PLAIN = r"NVIDIA|TESLA|GEFORCE|SXM\d?|PCIE|HBM3E?|\d+GB?"  # words of a name tha
 
 
 class TelemetryError(SDTrainError, RuntimeError):
-    """A log that cannot be started; the message names the key and the remedy."""
+    """A log that cannot be started."""
 
 
 # ---------------------------------------------------------------- model FLOPs
@@ -68,7 +69,7 @@ def training_flops(unet: nn.Module, latents_shape: tuple[int, int, int], text_sh
         twin = _without_memory(unet)
         twin.disable_gradient_checkpointing()
         twin.disable_xformers_memory_efficient_attention()
-        options = {"device": "meta", "dtype": twin.dtype}
+        options: dict[str, Any] = {"device": "meta", "dtype": twin.dtype}
         latents, text = torch.empty(1, *latents_shape, **options), torch.empty(1, *text_shape, **options)
         with FlopCounterMode(display=False) as counter:
             twin(latents, torch.zeros(1, device="meta"), encoder_hidden_states=text).sample.sum().backward()
@@ -78,7 +79,7 @@ def training_flops(unet: nn.Module, latents_shape: tuple[int, int, int], text_sh
         return 0
 
 
-def _without_memory(module: nn.Module) -> nn.Module:
+def _without_memory(module: nn.Module) -> Any:
     """A copy on the device "meta", of which no tensor is ever copied."""
     memo = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
     for p in module.parameters():
@@ -98,7 +99,8 @@ def peak_flops(device: torch.device, bf16: bool, override_tflops: float | None =
     row = _peaks(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if row is None:
         return None
-    tf32 = "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    backends: Any = torch.backends
+    tf32 = "tf32" in (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)
     return row[0 if bf16 else 1 if tf32 else 2] * 1e12
 
 
@@ -143,7 +145,7 @@ class Telemetry:
         self.wandb, self.total, self.label = wandb, total, label
         self.world_size, self.flops_per_image, self.peak, self.device = world_size, flops_per_image, peak, device
         self.log_path = Path(log) if log else None
-        self.log_file = None
+        self.log_file: TextIO | None = None
         position = start if position is None else position
         self._reopen(lambda line: line.get("position", line["images"]) <= position)
         self.terminal, self.quiet = sys.stderr.isatty() and not quiet, quiet
@@ -152,7 +154,7 @@ class Telemetry:
         self._begin_window(start)
 
     def _reopen(self, keep: Callable[[dict], bool]) -> None:
-        """Open the file to go on in it, with those of its lines that are whole and that `keep` accepts."""
+        """Open the file for appending, with those of its complete lines that `keep` accepts."""
         if not self.log_path:
             return
         if self.log_file:
@@ -171,7 +173,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave what is done inside, saving or sampling, out of the current throughput window."""
+        """Exclude the time of saving or sampling inside the context from the throughput."""
         begin = time.perf_counter()
         yield
         self._excluded += time.perf_counter() - begin
@@ -232,7 +234,7 @@ class Telemetry:
                 print(f"{self.label}: {images:,} images: {event}{about}", flush=True)
 
     def _write(self, images: int, position: int | None, entry: dict) -> None:
-        """One line of the file, and the same to wandb."""
+        """Write one line to the file, and send it to wandb."""
         where = {} if position in (None, images) else {"position": position}
         line = {name: _short(value) for name, value in {"images": images, **where, **entry}.items() if _finite(value)}
         if self.log_file:
@@ -241,7 +243,7 @@ class Telemetry:
             self._send(lambda: self.wandb.log(line))
 
     def _send(self, call: Callable[[], None]) -> None:
-        """Do without wandb once it fails, as where the system killed its process to have memory."""
+        """Continue without wandb once it fails, for example if the system killed its process to free memory."""
         try:
             call()
         except Exception as error:  # whatever it is, a training can do without
@@ -249,13 +251,13 @@ class Telemetry:
             self.wandb = None
 
     def rewind(self, images: int) -> None:
-        """Go back to `images` images seen: the metrics past them leave the file, the events stay."""
+        """Remove the metrics past `images` images seen from the file; events stay."""
         self._reopen(lambda line: "event" in line or line["images"] <= images)
         self.bar.update(images - self.bar.n)
         self._begin_window(images)
 
     def log_image(self, images: int, path: str | Path, caption: str | None = None) -> None:
-        """Show an image file in wandb, if it is on."""
+        """Send an image file to wandb, if it is used."""
         if self.wandb:
             import wandb
 
@@ -263,7 +265,7 @@ class Telemetry:
             self._send(lambda: self.wandb.log({"images": images, "samples": image}))
 
     def close(self) -> None:
-        """End the bar, the file and the wandb run."""
+        """Close the progress bar, the file and the wandb run."""
         self.bar.close()
         if self.log_file:
             self.log_file.close()
@@ -279,19 +281,19 @@ def _finite(value) -> bool:
 
 
 def _short(value):
-    """Six digits of a float: as many as a learning rate or a loss needs."""
+    """Return a float with six digits, which is enough for a learning rate or a loss."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 # ---------------------------------------------------------------- wandb
-def start_wandb(cfg, folder: Path, run_id: str):
+def start_wandb(cfg: Any, folder: Path, run_id: str) -> Any:
     """A wandb run for a stage: online where a key is known, else offline. The key reaches no file and no log.
 
     `run_id` names the run, so that a resumed training goes on in it. The key is wandb.api_key, WANDB_API_KEY or that of
     `wandb login`. Raises TelemetryError where the server is not reached in WANDB_INIT_TIMEOUT seconds (by default 90)
     or refuses.
     """
-    mode = os.environ.get("WANDB_MODE") or cfg.wandb.mode
+    mode: Any = os.environ.get("WANDB_MODE") or cfg.wandb.mode
     if mode == "disabled":
         return None
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith("wandb.api_key=")]  # wandb records the command line
@@ -300,7 +302,7 @@ def start_wandb(cfg, folder: Path, run_id: str):
     if cfg.wandb.api_key:
         os.environ["WANDB_API_KEY"] = cfg.wandb.api_key
     os.environ.pop("WANDB_SERVICE", None)  # a parent's service process would outlive a kill and hold the run's id
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("wandb")
     try:
         known = mode != "offline" and _key_is_known()
@@ -330,7 +332,7 @@ def start_wandb(cfg, folder: Path, run_id: str):
 
 
 def _key_is_known() -> bool:
-    """Whether the environment, wandb's settings or netrc has a key for wandb's server; asks no one."""
+    """Return whether the environment, wandb's settings or netrc has a key, without asking the server."""
     import wandb
     from wandb.sdk.lib import wbauth  # wandb.login would ask the server whose key it is
 

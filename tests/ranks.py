@@ -14,7 +14,7 @@ PRELOAD = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "diffusers.models.unets.unet_2d_condition",
-    "sdtrain.parallel",
+    "sdtrain.training.parallel",
 ]
 
 

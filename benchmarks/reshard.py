@@ -67,7 +67,7 @@ def seconds(work: Callable[[], object], made: Path | None = None) -> float:
 
 
 def compare(folder: Path, path: str, to_disk: bool) -> list[float]:
-    """Reshard, then copy what was kept. Return the ratios to cp, and to cp with the SHA-256 that resharding adds."""
+    """Reshard, then copy the resharded bytes. Return the throughput relative to cp, and to cp plus SHA-256."""
     made, copied = folder / "made", folder / "copied"
     output = str(made / "manifest.json")
     resharding = seconds(lambda: reshard(configure(path), "train", 0, 1, output), made if to_disk else None)

@@ -102,7 +102,7 @@ def test_one_process_needs_no_group(alone):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here")
 def test_nccl_without_cuda_says_what_to_set(alone):
-    assert distributed.start("nccl")[0].size == 1  # one process needs no backend: the seed's files run on a laptop
+    assert distributed.start("nccl")[0].size == 1  # no backend for one process: open-diffusion files run on a laptop
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         alone.setenv(name, value)
     with pytest.raises(DistError, match="nccl needs CUDA, which is not available; set distributed.dist_backend=gloo"):

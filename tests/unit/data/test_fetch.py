@@ -116,7 +116,7 @@ def test_paths_of_images_become_urls(fetcher, tmp_path):
         ({"columns": {"url": "Url"}}, "columns.url: no column Url; did you mean URL?"),
         ({"columns": {"url": "URL"}}, "no column caption"),
         ({"columns": {"url": "WIDTH", "caption": "TEXT"}}, "the column url holds int64, expected texts"),
-        ({"kind": "file"}, "kind: must be one of files, hub, emoji, got 'file'"),
+        ({"kind": "file"}, "table.yaml: kind: must be one of files, hub, emoji, got 'file'; did you mean files?"),
         ({"columm": {}}, "unknown key columm; did you mean columns?"),
     ],
 )

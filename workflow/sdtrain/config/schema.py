@@ -133,7 +133,7 @@ class EmaConfig:
 class LoraConfig:
     rank: int | None = key(None, "Train low-rank additions of this rank to the UNet, and nothing else", ge=1)
     alpha: float | None = key(None, "The additions are scaled by alpha / rank. Default: alpha = rank")
-    dropout: float = key(0.0, "Share of their inputs that is dropped in training", ge=0, le=1)
+    dropout: float = key(0.0, "Share of their inputs that is dropped in training", ge=0, lt=1)
     targets: list[str] = key(["to_q", "to_k", "to_v", "to_out.0"], "Layers that get them, by the end of their names")
 
 

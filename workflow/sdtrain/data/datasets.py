@@ -190,7 +190,7 @@ class LatentDataset(PositionDataset):
         super().__init__(source, seed, window, idx_to_prompt)
 
     def prepare(self, fields: dict[str, bytes], position: int) -> dict[str, Any]:
-        """Return the latents, the caption and what was kept with them."""
+        """Return the latents and the caption, with the text states and sizes stored beside them."""
         kept = load_safetensors(fields["latent"])
         if "mean" in kept:
             noise = self.rng(position).standard_normal(kept["mean"].shape, dtype=np.float32)

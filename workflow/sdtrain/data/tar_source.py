@@ -59,7 +59,7 @@ class TarShard(Shard):
                 data = self._read_copy(begin, end) if self.copies else storage.read_range(self.name, begin, end - begin)
                 if len(data) == end - begin:
                     return data
-                raise storage.StorageError(f"cut off before byte {end}; rebuild it, and what was made of it")
+                raise storage.StorageError(f"cut off before byte {end}; rebuild it and the results that depend on it")
             except OSError as error:
                 if (wait := next(waits, None)) is None:
                     reason = str(error).removeprefix(f"{self.name}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ def _open_alignment(model: str, features: str, text: str) -> Scorer:
         if fitted != given:
             raise FeatureError(f"{model}: fitted with {fitted}, but {key}={value} is {given}")
     facts = {"real": json.loads(about.get("held_out", "null"))}
-    embed_texts = lambda captions: feature_networks.text_embeddings(text, captions)  # noqa: E731
+    embed_texts = functools.partial(feature_networks.text_embeddings, text)
     return Scorer(alignment.name, network, embed_texts, alignment.score, facts)
 
 

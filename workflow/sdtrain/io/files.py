@@ -62,7 +62,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        replace_folder(temporary, Path(path))
+        replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -184,8 +184,8 @@ def is_locked(path: str | Path) -> bool | None:
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        return True if isinstance(error, BlockingIOError) else None
+    except BlockingIOError:
+        return True
     except FileNotFoundError:
         return False
     except OSError:

@@ -103,7 +103,11 @@ def loss_terms(
     `mean` and `logvar` are the posterior's; `distance`, of two batches of images in 0..255, is the perceptual one, N.
     """
     error = output - images
-    perceptual = distance or (lambda a, b: torch.zeros(len(a)))  # not called without a weight
+
+    def perceptual() -> torch.Tensor:
+        assert distance is not None, "a weight of the perceptual term needs a distance"
+        return distance((output + 1) * 127.5, (images + 1) * 127.5).mean()
+
     terms = {
         "l1": lambda: error.abs().mean(),
         "l2": lambda: error.square().mean(),
@@ -111,7 +115,7 @@ def loss_terms(
         "gradient": lambda: error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
         "chroma": lambda: (error - error[:, 1:2])[:, ::2].abs().mean(),  # R-G and B-G
         "kl": lambda: kl_divergence(mean, logvar),
-        "perceptual": lambda: perceptual((output + 1) * 127.5, (images + 1) * 127.5).mean(),
+        "perceptual": perceptual,
     }
     return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
 

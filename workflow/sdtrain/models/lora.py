@@ -23,14 +23,10 @@ FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 def add(unet: Any, settings: Any) -> None:
     """Freeze a UNet and add the trainable float32 weights of `settings`, a `model.lora` section.
 
-    Raise ConfigError for a rank or dropout out of range and for a target that names no layer.
+    Raise ConfigError for a target that names no layer.
     """
     import peft  # imported here: it takes a second, which only trainings with LoRA need
 
-    if settings.rank < 1:
-        raise ConfigError(f"model.lora.rank: {settings.rank} must be at least 1, such as 4")
-    if not 0 <= settings.dropout < 1:
-        raise ConfigError(f"model.lora.dropout: {settings.dropout} must be at least 0 and less than 1")
     layers = _find_layers(unet, settings.targets)
     unet.requires_grad_(False)
     unet.add_adapter(

@@ -48,7 +48,7 @@ class AutoencoderTask(Task):
         """`train` and `held_out` are manifests of images, `output` the record of the component."""
         check(settings)
         self.config, self.train, self.held_out = settings, train, held_out
-        self.record, self.label = output, output.stem
+        self.record, self.label, self.folder = output, output.stem, training_folder(output)
         self.losses = [name for name in autoencoder.TERMS if settings.loss[name]]
         self.settings = LoopSettings(
             system=schema.SystemConfig(batch_size=settings.batch_size),
@@ -83,8 +83,7 @@ class AutoencoderTask(Task):
         sources = {"dataset": read_manifest(self.train)["fingerprint"]}
         if self.config.loss.perceptual:
             sources["network"] = record_fingerprint(f"{self.config.loss.perceptual_network}.json")
-        self.own = Identity(training_folder(self.record), sources, decisive, frozen=True)
-        return self.own
+        return Identity(self.folder, sources, decisive, frozen=True)
 
     def claim(self, own: Identity, world_size: int) -> None:
         """Mark the folder as this training's. Raise CheckpointError if only the world size would start it anew."""
@@ -111,7 +110,7 @@ class AutoencoderTask(Task):
     def build(self, here: distributed.World, device: torch.device, global_batch: int) -> None:
         """Open the images, build the autoencoder on all ranks, and its moving average."""
         settings, resolution, seed = self.config, self.config.resolution, self.config.seed
-        self.here, self.device, self.images = here, device, settings.batch_size
+        self.here, self.device = here, device
         self.dataset = ImageDataset(self.train, resolution, crop="random", flip=True, zoom=(1.0, 2.0), seed=seed)
         sides = (resolution, 2 * resolution)
         self.measured = {side: ImageDataset(self.held_out, side, seed=seed) for side in sides}
@@ -134,7 +133,7 @@ class AutoencoderTask(Task):
     def start_anew(self) -> None:
         """Delete the pictures of another training."""
         if self.here.is_main:
-            shutil.rmtree(self.own.folder / "samples", ignore_errors=True)
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
 
     def dummy_pass(self, micro_batch: int) -> None:
         """Run a forward and backward pass; its gradients are discarded."""
@@ -161,7 +160,7 @@ class AutoencoderTask(Task):
     # ------------------------------------------------------------ quality
     def before_save(self, telemetry: Telemetry, images: int, position: int) -> None:
         """Measure held-out images and draw them, before the checkpoint, which holds the best quality so far."""
-        picture = self.own.folder / "samples" / f"{images}.png"
+        picture = self.folder / "samples" / f"{images}.png"
         with self.ema.applied(self.vae):
             quality = self.measure(self.vae, SAVE_IMAGES)
             if self.here.is_main:
@@ -201,7 +200,7 @@ class AutoencoderTask(Task):
         if self.here.is_main:
             config = OmegaConf.to_container(self.config, resolve=True)
             record = {"source": "train", **facts, "held_out": quality, "config": config}
-            export_component(shipped.half(), record, self.own.folder, self.record)
+            export_component(shipped.half(), record, self.folder, self.record)
         return quality
 
 

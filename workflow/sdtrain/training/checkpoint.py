@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from sdtrain.distributed import is_lost
 from sdtrain.errors import SDTrainError
-from sdtrain.io.files import hold_lock, write_json, write_text
+from sdtrain.io.files import hold_lock, temporary_path, write_json, write_text
 
 # One process without a process group is intended
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -64,12 +64,12 @@ class Checkpoints:
     def save(self, images: int) -> None:
         """Copy the current state and write it as `{images}` in the background. Raise what `finish` raises."""
         self.finish()
-        aside = self.folder / f".{images}.tmp"
+        temporary = temporary_path(self.folder / str(images))
         if self.main:
             with self._named(images):
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True, exist_ok=True)
-        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)  # staged on the CPU already: no GPU is asked
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True, exist_ok=True)
+        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)  # staged on the CPU already: no GPU is asked
         with self._named(images):
             future = dcp.async_save(
                 self.state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
@@ -93,7 +93,8 @@ class Checkpoints:
             self.newest = images
             if self.main:
                 remove_checkpoint(self.folder, images)  # one that was half deleted would be in the way
-                os.replace(self.folder / f".{images}.tmp", self.folder / str(images))
+                path = self.folder / str(images)
+                os.replace(temporary_path(path), path)
                 self._prune(images)
         if self.group is not None:
             dist.barrier(self.group)  # it is in place for all
@@ -113,9 +114,9 @@ class Checkpoints:
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             if is_lost(error):
                 raise
-            if self.main:
-                shutil.rmtree(self.folder / f".{images}.tmp", ignore_errors=True)
             path = self.folder / str(images)
+            if self.main:
+                shutil.rmtree(temporary_path(path), ignore_errors=True)
             raise CheckpointError(
                 f"{path}: could not be saved ({_reason(error)}); the checkpoint before it is untouched"
             ) from error

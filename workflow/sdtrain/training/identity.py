@@ -1,4 +1,4 @@
-"""What a training is known by: its folder, the fingerprints of its inputs, and which checkpoints it may go on from."""
+"""The identity of a training: its folder, the fingerprints of its inputs, and the checkpoints that it may resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sdtrain.training.checkpoint import CheckpointError
 
 @dataclass(frozen=True)
 class Identity:
-    """A training's folder, and what decides its weights; `key` is the fingerprint of it all."""
+    """The folder of a training and all that decides its weights; `key` is the fingerprint of the latter."""
 
     folder: Path
     sources: dict[str, str]
@@ -35,27 +35,27 @@ class Identity:
 
     @property
     def key(self) -> str:
-        """16 hex digits."""
+        """Return the fingerprint, 16 hexadecimal digits."""
         return fingerprint(self.decisive, self.sources)
 
     @property
     def run_id(self) -> str:
-        """What wandb knows it by: the same in another folder is another run."""
+        """Return the id of the wandb run; the same training in another folder is another run."""
         return fingerprint(self.key, str(self.folder))
 
     @property
     def saves(self) -> Path:
-        """The folder of its checkpoints."""
+        """Return the folder of the checkpoints."""
         return self.folder / "checkpoints" / self.key
 
     @property
     def about(self) -> dict:
-        """What stands beside the checkpoints."""
+        """Return the description that is written beside the checkpoints."""
         return {"key": self.key, "sources": self.sources, "decisive": self.decisive}
 
 
 def identify(cfg, global_batch: int) -> Identity:
-    """The identity of a stage's training. Raises ModelError for latents that other networks made."""
+    """Return the identity of a stage's training. Raise ModelError for latents that other networks made."""
     sources = source_fingerprints(cfg)
     check_latents(cfg, sources)
     decisive = {**decisive_keys(cfg), "system": {"global_batch": global_batch}}
@@ -63,7 +63,7 @@ def identify(cfg, global_batch: int) -> Identity:
 
 
 def run_folder(cfg) -> Path:
-    """log_dir/project/name; a frozen configuration with other values by hand gets a folder of its own beside it."""
+    """Return log_dir/project/name; `-trial-…` is added for a frozen configuration changed by hand."""
     e, trial = cfg.experiment, ""
     if cfg.frozen and cfg.frozen != stage_fingerprint(cfg):
         trial = f"-trial-{stage_fingerprint(cfg)[:6]}"
@@ -71,10 +71,10 @@ def run_folder(cfg) -> Path:
 
 
 def claim(own: Identity, anew: bool) -> None:
-    """Mark the folder as this training's, or refuse one that holds another's checkpoints; `anew` starts in it anyway.
+    """Mark the folder as this training's. Raise CheckpointError if it has another's checkpoints, unless `anew`.
 
-    A configuration that the workflow has frozen was edited on purpose, so it trains anew beside the old checkpoints;
-    but another global batch is never that purpose: it comes with another number of ranks.
+    A frozen configuration was edited on purpose, so it trains anew beside the old checkpoints. A different global batch
+    alone is an error all the same, since it usually comes from a different number of ranks.
     """
     if not own.saves.is_dir() and not anew:
         for file in sorted(own.folder.glob("checkpoints/*/about.json"), key=os.path.getmtime, reverse=True):
@@ -98,13 +98,13 @@ def _refusal(saves: Path, theirs: dict, ours: dict, differ: list[str]) -> str:
 
 
 def code() -> str:
-    """The code and the packages that train: with others, the same configuration may give other weights."""
+    """Return a fingerprint of code and packages: with others, the same configuration may give other weights."""
     return fingerprint(code_digest(), versions())
 
 
 # ---------------------------------------------------------------- inputs
 def source_fingerprints(cfg) -> dict[str, str]:
-    """What the inputs' own records say they are: they decide the weights as the configuration does."""
+    """Return the fingerprints of the inputs, from their records: they decide the weights like the configuration."""
     records = {part: cfg.model[part].pretrained or cfg.model.pretrained for part in (*PARTS, "unet")}
     found = {part: record_fingerprint(f"{source}.json") for part, source in records.items() if source}
     found["dataset"] = data_fingerprint(cfg.dataset.params.path)
@@ -114,13 +114,13 @@ def source_fingerprints(cfg) -> dict[str, str]:
 
 
 def init_fingerprint(folder: Path) -> str:
-    """What the record of a training or of a component says that a pipeline folder is; else the folder itself."""
+    """Return the fingerprint in the record of a pipeline folder (of a training or component), else its path."""
     records = (folder.parent / "train.json", f"{folder}.json")
     return next((found for record in records if (found := record_fingerprint(record))), str(folder))
 
 
 def data_fingerprint(path: str) -> str:
-    """What a manifest says it is; of shards or tables without one, which files they are and how large."""
+    """Return the fingerprint of a manifest; without one, a fingerprint of the names and sizes of the files."""
     if path.endswith(".json"):
         return read_manifest(path)["fingerprint"]
     try:
@@ -131,7 +131,7 @@ def data_fingerprint(path: str) -> str:
 
 
 def check_latents(cfg, sources: dict[str, str]) -> None:
-    """Refuse latents, and states of captions, that were made by other networks than this run's."""
+    """Raise ModelError for latents or text states that were made by other networks than this run's."""
     path = cfg.dataset.params.path
     if cfg.dataset.type != "LatentDataset" or not path.endswith(".json"):
         return

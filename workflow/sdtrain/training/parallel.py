@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
@@ -87,8 +87,7 @@ def reduce_gradients(model: nn.Module, now: bool) -> Iterator[None]:
     """Reduce gradients over the ranks in this context's backward pass only if `now`: at the last micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
-    skip = isinstance(model, DistributedDataParallel) and not now
-    with cast(DistributedDataParallel, model).no_sync() if skip else contextlib.nullcontext():
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext():
         yield
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from sdtrain.errors import SDTrainError
+from sdtrain.io.files import write_text
 from sdtrain.io.logs import read_log_line
 
 PEAKS = {  # TFLOP/s of one device: bf16 (fp16 where there is no bf16), TF32, fp32
@@ -159,13 +160,9 @@ class Telemetry:
             return
         if self.log_file:
             self.log_file.close()
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-        aside = self.log_path.with_name(f".{self.log_path.name}.tmp")
-        aside.write_text(
-            "".join(f"{line}\n" for line in text.splitlines() if (found := read_log_line(line)) and keep(found))
-        )
-        os.replace(aside, self.log_path)
+        kept = [line for line in text.splitlines() if (found := read_log_line(line)) and keep(found)]
+        write_text(self.log_path, "".join(f"{line}\n" for line in kept))
         self.log_file = open(self.log_path, "a", buffering=1)
 
     def _begin_window(self, images: int) -> None:

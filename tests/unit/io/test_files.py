@@ -87,9 +87,12 @@ def test_a_process_waits_for_a_lock(tmp_path, capsys):
 FORK = """
 import os, sys, time
 from sdtrain.io.files import hold_lock
+ready, tell = os.pipe()
 with hold_lock(sys.argv[1]):
     if os.fork() == 0:
+        os.write(tell, b"x")  # the hooks that close the lock in a forked process have run
         time.sleep(300)
+    os.read(ready, 1)
     print(os.getpid(), flush=True)
     time.sleep(300)
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,6 +102,12 @@ class Trainer:
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         self.pids = json.loads(self.server.stdout.readline())
+
+    def kill(self) -> None:
+        """Kill all ranks with SIGKILL; one that has ended by itself is left out."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> Result:
         """Its end."""

@@ -74,8 +74,7 @@ def test_killed_at_20_random_moments_it_ends_the_same(undisturbed, tmp_path, tra
         folder.mkdir(exist_ok=True)
         train.start(folder, f"config={stage_yaml}", *LONG, ranks=2)
         time.sleep(moments.uniform(0.1, 1.5))
-        for pid in train.pids:
-            os.kill(pid, signal.SIGKILL)
+        train.kill()
         killed = train.wait().codes != [0, 0]
         kills += killed
         if not killed:  # it had ended before
@@ -104,8 +103,7 @@ def test_loader_processes_that_outlive_a_kill_are_in_nobodys_way(undisturbed, tm
     arguments = (f"config={stage_yaml}", *LONG, "system.workers=2")
     train.start(tmp_path, *arguments, ranks=2)
     await_images(tmp_path / RUN, 16)
-    for pid in train.pids:
-        os.kill(pid, signal.SIGKILL)
+    train.kill()
     train.wait()
     result = train(tmp_path, *arguments, ranks=2)
     assert result.codes == [0, 0], result.text
@@ -267,8 +265,7 @@ def test_a_rollback_interrupted_by_kills_ends_the_same(rolled_back, tmp_path, tr
     for _ in range(6):
         train.start(tmp_path, f"config={stage_yaml}", *options, ranks=2)
         time.sleep(moments.uniform(0.3, 1.5))
-        for pid in train.pids:
-            os.kill(pid, signal.SIGKILL)
+        train.kill()
         train.wait()
     result = train(tmp_path, f"config={stage_yaml}", *options, ranks=2)
     assert result.codes == [0, 0], result.text

@@ -206,8 +206,7 @@ def test_killed_at_random_moments_it_ends_the_same(undisturbed, train, given, tm
     for _ in range(12):
         train.start(tmp_path, *given, ranks=2)
         time.sleep(moments.uniform(0.3, 2.0))
-        for pid in train.pids:
-            os.kill(pid, signal.SIGKILL)
+        train.kill()
         if train.wait().codes == [0, 0]:  # it had ended before
             identical(tmp_path, undisturbed)
             shutil.rmtree(tmp_path / "training")
@@ -387,8 +386,7 @@ def test_after_too_many_it_goes_back_and_on_with_other_data_whatever_kills_it(po
     for _ in range(5):
         train.start(tmp_path / "killed", *given, ranks=2)
         time.sleep(moments.uniform(0.3, 2.0))
-        for pid in train.pids:
-            os.kill(pid, signal.SIGKILL)
+        train.kill()
         train.wait()
     result = train(tmp_path / "killed", *given, ranks=2)
     assert result.codes == [0, 0], result.text

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PARTS, ROUNDS, GOAL = 190, 5, 1.3  # seconds of CPU time
+PARTS, ROUNDS, GOAL = 190, 5, 1.85  # GOAL: times the bare workflow, at most
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """
 rule all:
@@ -51,8 +51,8 @@ def main() -> None:
             for _ in range(ROUNDS)
         ]
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    print(f"{jobs} jobs, median of {ROUNDS} rounds: {mine:.2f} s of CPU time (goal {GOAL} s)")
-    print(f"bare workflow: {theirs:.2f} s; ratio {mine / theirs:.2f}")
+    print(f"{jobs} jobs, median of {ROUNDS} rounds: {mine:.2f} s of CPU time")
+    print(f"bare workflow: {theirs:.2f} s; ratio {mine / theirs:.2f} (goal {GOAL})")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def planned(tmp_path_factory):
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_plans_with_every_profile(planned, run, profile):
     plan = planned(run, profile)
-    assert {"freeze", "train", "sample", "frechet_distance", "report"} <= plan.rules
+    assert {"freeze", "train", "sample", "measure", "report"} <= plan.rules
     counts, launch = LAUNCH[profile]
     for job in plan.of("train"):
         assert job["shellcmd"].startswith(f"{counts}; {launch} workflow/scripts/train.py ")
@@ -95,9 +95,10 @@ def test_sd_v2_base_is_the_whole_real_experiment(planned):
     last = f"results/runs/sd-v2-base/stage1/{trained(real)['stage1'][-1]}/train.json"
     first = min(by_stage["stage2"], key=lambda job: int(job["wildcards"]["images"]))
     assert last in first["input"]
-    features = {name for job in real.of("frechet_distance") + real.of("reference_features") for name in job["input"]}
-    assert any("inception" in name for name in features)
-    assert any("clip-vit-b32" in name for job in real.of("clip_score") for name in job["input"])
+    measured = {job["wildcards"]["metric"]: job for job in real.of("measure")}
+    for job in [*real.of("reference_features"), measured["frechet_distance"]]:
+        assert "resources/components/inception.json" in job["input"]
+    assert "resources/components/clip-vit-b32.json" in measured["clip_score"]["input"]
     assert "fit_alignment" not in real.rules
     by_split = {split: {int(j["wildcards"]["part"]) for j in jobs} for split, jobs in grouped(real, "build_shards")}
     assert by_split == {"train": set(range(64)), "held_out": {0}}  # all jobs are known before anything runs
@@ -164,7 +165,7 @@ def test_every_gpu_rule_takes_its_resources_from_the_profile():
         for name in re.findall(r"\w+", block)
     }
     gpu = {name for name, text in rules.items() if "envs/train.yaml" in text} - local - {"freeze"}
-    assert gpu >= {"train", "train_autoencoder", "precompute_latents", "sample", "frechet_distance"}
+    assert gpu >= {"train", "train_autoencoder", "precompute_latents", "sample", "measure"}
     assert gpu == {name for name, text in rules.items() if "**gpu_job(" in text and "{resources.launch}" in text}
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())["set-resources"]
     assert gpu == {name for name, resources in profile.items() if "gpu" in resources.get("gres", "")}

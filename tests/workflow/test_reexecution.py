@@ -10,7 +10,7 @@ import yaml
 from checkout import make_checkout, make_results, set_key
 
 DATA = {"fetch_table", "select_samples", "build_shards", "precompute_latents"}
-MEASURES = {"sample", "reference_features", "frechet_distance", "clip_score", "report"}
+MEASURES = {"sample", "reference_features", "measure", "report"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_after_a_run_nothing_is_planned(tree, plan):
 def test_editing_the_evaluation_retrains_nothing(tree, plan):
     set_key(tree, "demo.yaml", "evaluation/guidance_scale", 3.5)
     after = plan(tree)
-    assert {"freeze", "sample", "frechet_distance", "clip_score", "report"} <= after.rules <= {"freeze", *MEASURES}
+    assert {"freeze", "sample", "measure", "report"} <= after.rules <= {"freeze", *MEASURES}
     assert [job["output"] for job in after.of("freeze")] == [["results/runs/demo/config/evaluate.yaml"]]
 
 

@@ -1,4 +1,5 @@
-# Evaluates each milestone (sample images, compute metrics) and writes the report.
+# Evaluates each milestone (sample images, measure metrics) and writes the report.
+from sdtrain.evaluation.registry import METRICS
 
 
 localrules:
@@ -68,32 +69,6 @@ rule reference_features:
         " 2>&1 | tee {log}"
 
 
-rule frechet_distance:
-    input:
-        samples=f"{RESULT}/samples.json",
-        reference="results/runs/{run}/{stage}/reference.safetensors",
-    output:
-        f"{RESULT}/frechet_distance.json",
-    log:
-        "logs/runs/{run}/{stage}/{images}/frechet_distance.log",
-    benchmark:
-        "logs/runs/{run}/{stage}/{images}/frechet_distance.tsv"
-    conda:
-        "../../envs/train.yaml"
-    resources:
-        **gpu_job(),
-    params:
-        features=plan.feature_network,
-    shell:
-        f"{COUNTS}"
-        "{resources.launch} workflow/scripts/frechet_distance.py"
-        " samples={input.samples}"
-        " reference={input.reference}"
-        " features={params.features}"
-        " output={output}"
-        " 2>&1 | tee {log}"
-
-
 rule fit_alignment:
     input:
         "resources/components/{features}.json",
@@ -124,31 +99,32 @@ rule fit_alignment:
         " 2>&1 | tee {log}"
 
 
-rule clip_score:
+rule measure:
     input:
-        plan.score_record,
+        plan.measured_from,
         config="results/runs/{run}/config/evaluate.yaml",
         samples=f"{RESULT}/samples.json",
     output:
-        f"{RESULT}/clip_score.json",
+        f"{RESULT}/{{metric}}.json",
     log:
-        "logs/runs/{run}/{stage}/{images}/clip_score.log",
+        "logs/runs/{run}/{stage}/{images}/{metric}.log",
     benchmark:
-        "logs/runs/{run}/{stage}/{images}/clip_score.tsv"
+        "logs/runs/{run}/{stage}/{images}/{metric}.tsv"
+    wildcard_constraints:
+        metric="|".join(metric.record for metric in METRICS),
     conda:
         "../../envs/train.yaml"
     resources:
         **gpu_job(),
     params:
-        model=plan.score_model,
-        networks=plan.score_networks,
+        given=plan.measure_arguments,
     shell:
         f"{COUNTS}"
-        "{resources.launch} workflow/scripts/clip_score.py"
+        "{resources.launch} workflow/scripts/measure.py"
+        " metric={wildcards.metric}"
         " config={input.config}"
         " samples={input.samples}"
-        " model={params.model}"
-        " {params.networks}"
+        " {params.given}"
         " output={output}"
         " 2>&1 | tee {log}"
 

@@ -10,8 +10,8 @@ from sdtrain.config import schema
 from sdtrain.config.cli import command_line, positive
 from sdtrain.config.load import load_config, require
 from sdtrain.errors import one_line_errors
-from sdtrain.evaluation.distances import measure_reference
 from sdtrain.evaluation.features import save_tensors
+from sdtrain.evaluation.reference import measure_reference
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,8 @@ from samples import make_sample, write_tar
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import write_manifest
 from sdtrain.errors import SDTrainError
-from sdtrain.evaluation.alignment import LinearAlignment, open_scorer
+from sdtrain.evaluation.alignment import LinearAlignment
+from sdtrain.evaluation.clip_score import open_scorer
 from sdtrain.evaluation.features import dataset_features, load_tensors, read_samples, sample_features, sample_images
 from sdtrain.evaluation.metrics import clip_score, frechet_distance, statistics
 from sdtrain.io.files import read_json, write_json, write_text
@@ -182,7 +183,7 @@ def test_damaged_samples(tmp_path, how, message):
         sample_features(lambda x: x.float().mean((2, 3)), read_samples(path), "samples")
 
 
-# ---------------------------------------------------------------- reference_features, frechet_distance
+# ---------------------------------------------------------------- reference_features, measure metric=frechet_distance
 @pytest.fixture
 def reference(tmp_path, command, image_shards, held_out, clip):
     """Run reference_features with filters on the even images; returns its arguments."""
@@ -213,7 +214,8 @@ def test_distance_to_the_reference(tmp_path, reference, command, held_out, clip,
 
     def distance(samples: Path) -> dict:
         output = tmp_path / samples.parent.name / "frechet_distance.json"
-        said = command("frechet_distance", samples=samples, reference=reference["output"], features=clip, output=output)
+        keys = {"metric": "frechet_distance", "config": reference["config"], "samples": samples, "network": clip}
+        said = command("measure", **keys, reference=reference["output"], output=output)
         assert "Frechet distance (CLIP clip-tiny)" in said, said
         return read_json(output)
 
@@ -256,20 +258,21 @@ def test_reference_of_bad_input(reference, command, changes, message):
 
 
 def test_what_cannot_be_compared(tmp_path, reference, command, clip, networks):
-    keys = {"samples": noise_samples(tmp_path / "noise", 4), "reference": reference["output"], "features": clip}
+    keys = {"metric": "frechet_distance", "config": reference["config"], "reference": reference["output"]}
+    keys |= {"samples": noise_samples(tmp_path / "noise", 4), "network": clip}
     keys["output"] = tmp_path / "noise" / "frechet_distance.json"
-    said = command("frechet_distance", **(keys | {"features": networks["features"]}))
+    said = command("measure", **(keys | {"network": networks["features"]}))
     assert "network is 'CLIP clip-tiny' and the samples' is 'EfficientNet-Lite0'" in said
     write_json(keys["samples"], read_json(keys["samples"]) | {"resolution": 64})
-    assert "resolution is 32 and the samples' is 64: they cannot be compared" in command("frechet_distance", **keys)
+    assert "resolution is 32 and the samples' is 64: they cannot be compared" in command("measure", **keys)
     Path(reference["output"]).write_bytes(b"cut")
-    assert "reference.safetensors: not the tensors expected" in command("frechet_distance", **keys)
+    assert "reference.safetensors: not the tensors expected" in command("measure", **keys)
     Path(reference["output"]).unlink()
-    assert "no such file; make it with: snakemake" in command("frechet_distance", **keys)
+    assert "no such file; make it with: snakemake" in command("measure", **keys)
     assert not keys["output"].exists()
 
 
-# ---------------------------------------------------------------- fit_alignment, clip_score
+# ---------------------------------------------------------------- fit_alignment, measure metric=clip_score
 @pytest.fixture(scope="module")
 def alignment(tmp_path_factory, image_shards, held_out, networks) -> Path:
     """An alignment fitted by the command, in a process of its own, with the demo's own networks."""
@@ -294,9 +297,10 @@ def test_alignment_tells_held_out_captions_apart(alignment):
 
 def test_alignment_score_of_samples(tmp_path, command, alignment, networks, held_out):
     write_text(tmp_path / "evaluate.yaml", "seed: 1")
-    keys = {"config": tmp_path / "evaluate.yaml", "samples": real_samples(tmp_path / "real", held_out)}
-    keys |= {"model": alignment, **networks, "output": tmp_path / "real" / "clip_score.json"}
-    said = command("clip_score", **keys)
+    keys = {"metric": "clip_score", "config": tmp_path / "evaluate.yaml"}
+    keys |= {"samples": real_samples(tmp_path / "real", held_out)}
+    keys |= {"network": alignment, **networks, "output": tmp_path / "real" / "clip_score.json"}
+    said = command("measure", **keys)
     assert "alignment score (EfficientNet-Lite0 to minilm)" in said, said
     record = read_json(keys["output"])
     assert record["metric"] == "alignment score (EfficientNet-Lite0 to minilm)"
@@ -306,11 +310,12 @@ def test_alignment_score_of_samples(tmp_path, command, alignment, networks, held
     for changes, message in [
         ({"features": ""}, "a fitted alignment needs features=… and text=… folders"),
         ({"text": tmp_path}, f"fitted with minilm, but text={tmp_path} is {tmp_path.name}"),
-        ({"model": tmp_path / "none.safetensors"}, "none.safetensors: not a fitted alignment"),
-        ({"model": tmp_path}, "no CLIP model here"),
+        ({"network": tmp_path / "none.safetensors"}, "none.safetensors: not a fitted alignment"),
+        ({"network": tmp_path}, "no CLIP model here"),
         ({"samples": "nowhere.json"}, "nowhere.json: not a readable JSON"),
+        ({"metric": "clip_scor"}, "metric=clip_scor: unknown; did you mean clip_score?"),
     ]:
-        said = command("clip_score", **(keys | changes))
+        said = command("measure", **(keys | changes))
         assert said.startswith("error: ") and message in said
         assert not keys["output"].exists()
 
@@ -319,7 +324,8 @@ def test_clip_score_is_the_mean_of_its_pairs(tmp_path, command, clip, held_out):
     write_text(tmp_path / "evaluate.yaml", "seed: 1")
     path = real_samples(tmp_path / "real", held_out)
     output = tmp_path / "clip_score.json"
-    command("clip_score", config=tmp_path / "evaluate.yaml", samples=path, model=clip, output=output)
+    keys = {"metric": "clip_score", "config": tmp_path / "evaluate.yaml", "samples": path, "network": clip}
+    command("measure", **keys, output=output)
     samples = read_samples(path)
     scorer = open_scorer(str(clip))
     images, texts = torch.stack(list(sample_images(samples))), samples["prompts"]

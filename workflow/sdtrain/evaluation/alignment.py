@@ -1,11 +1,8 @@
-"""Scores of images with their captions: CLIPScore, or a fitted linear alignment if there is no CLIP model."""
+"""The step fit_alignment: a linear map from image features to caption embeddings, for runs without a CLIP model."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from sdtrain import distributed
-from sdtrain.config.fingerprint import code_digest
 from sdtrain.data.datasets import ImageDataset
-from sdtrain.evaluation.features import dataset_features, load_tensors, read_samples, sample_features, save_tensors
-from sdtrain.evaluation.metrics import caption_scores, clip_score
+from sdtrain.evaluation.features import dataset_features, load_tensors, save_tensors
+from sdtrain.evaluation.metrics import caption_scores
 from sdtrain.models import feature_networks
-from sdtrain.models.feature_networks import ClipModel, FeatureError, paired_cosine
+from sdtrain.models.feature_networks import FeatureError, paired_cosine
 
-TEXT_BATCH = 64
 TENSORS = ("weight", "mean", "scale", "text_mean")
 
 
@@ -118,57 +113,7 @@ def leave_one_out(u: torch.Tensor, s: torch.Tensor, target: torch.Tensor, penalt
     return (residual / (1 - leverage).clamp(min=1e-12)[:, None]).square().mean().item()
 
 
-# ---------------------------------------------------------------- the steps fit_alignment and clip_score
-@dataclass(frozen=True)
-class Scorer:
-    """What scores images with captions: two networks, and the score of each pair of their rows."""
-
-    metric: str  # the name that reports show
-    embed_images: Callable[[torch.Tensor], torch.Tensor]
-    embed_texts: Callable[[list[str]], torch.Tensor]
-    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    facts: dict[str, Any] = field(default_factory=dict)  # further keys of the record
-
-
-def open_scorer(model: str, features: str = "", text: str = "") -> Scorer:
-    """Load a CLIP model's folder, or a fitted alignment with the folders of the networks that it was fitted with."""
-    if model.endswith(".safetensors"):
-        return _open_alignment(model, features, text)
-    clip = ClipModel(model, distributed.only_device())
-
-    def embed_texts(captions: list[str]) -> torch.Tensor:
-        batches = [captions[i : i + TEXT_BATCH] for i in range(0, len(captions), TEXT_BATCH)]
-        return torch.cat([clip.text_embeds(batch).cpu() for batch in batches])
-
-    return Scorer(f"CLIPScore ({Path(model).name})", clip.image_embeds, embed_texts, clip_score)
-
-
-def _open_alignment(model: str, features: str, text: str) -> Scorer:
-    alignment, about = LinearAlignment.load(model)
-    if not (features and text):
-        raise FeatureError(f"{model}: a fitted alignment needs features=… and text=… folders")
-    network = feature_networks.image_features(features, distributed.only_device())
-    for key, value, fitted, given in (
-        ("features", features, alignment.image_network, network.name),
-        ("text", text, alignment.text_encoder, Path(text).name),
-    ):
-        if fitted != given:
-            raise FeatureError(f"{model}: fitted with {fitted}, but {key}={value} is {given}")
-    facts = {"real": json.loads(about.get("held_out", "null"))}
-    embed_texts = functools.partial(feature_networks.text_embeddings, text)
-    return Scorer(alignment.name, network, embed_texts, alignment.score, facts)
-
-
-def measure_score(samples_path: str, scorer: Scorer, seed: int) -> dict[str, Any]:
-    """Return the record of a score of generated images with their own captions and with shuffled ones."""
-    samples = read_samples(samples_path)
-    images = sample_features(scorer.embed_images, samples, "generated images")
-    texts = scorer.embed_texts(samples["prompts"])
-    scores = caption_scores(scorer.score, images, texts, samples["prompts"], seed)
-    about = {"metric": scorer.metric, **scorer.facts}
-    return {**about, **scores, "images": len(images), "resolution": samples["resolution"], "code": code_digest()}
-
-
+# ---------------------------------------------------------------- the step fit_alignment
 def fit_alignment(
     features: str, text: str, manifest: str, held_out: str, resolution: int
 ) -> tuple[LinearAlignment, int, dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from sdtrain.errors import ConfigError, did_you_mean
 
 Record = dict[str, Any]
 
@@ -28,9 +31,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, measured by the rule and the script that are named like its record."""
+    """A metric, measured by the function `measure` of the module in this folder that is named like its record."""
 
-    record: str  # name of its JSON file beside a milestone
+    record: str  # name of its module, and of its JSON file beside a milestone
     key: str  # its place in the rows of metrics.json
     setting: str  # the key of `evaluation` that names its network; without a value it is not measured
     needed: tuple[str, ...]  # keys of the record
@@ -38,6 +41,15 @@ class Metric:
     note: str  # below its headline, a format string over the keys of the record
     explain: Callable[[Record], list[tuple[str, str]]]  # the terms that the report explains, beside the distances
     by_resolution: bool = False  # one headline for each resolution, with the figure before training
+    with_reference: bool = False  # whether it compares with the reference features of the stage
+
+    def measure(self, samples: Record, given: dict[str, str], config: Any) -> Record:
+        """Return the record of generated images: at least `metric`, the name that reports show, and `value`.
+
+        `samples` is from `features.read_samples`; `given` has the files and folders of the metric by name: `network`
+        and, where it needs them, `reference` and more; `config` is an `evaluation` section.
+        """
+        return importlib.import_module(f"{__package__}.{self.record}").measure(samples, given, config)
 
 
 def explain_floor(record: Record) -> list[tuple[str, str]]:
@@ -87,6 +99,7 @@ METRICS = (
         note="Lower is better; real images reach {floor:.1f}.",
         explain=explain_floor,
         by_resolution=True,
+        with_reference=True,
     ),
     Metric(
         record="clip_score",
@@ -102,6 +115,14 @@ METRICS = (
         explain=explain_score,
     ),
 )
+
+
+def metric_of(record: str) -> Metric:
+    """Return the metric with this record. Raise ConfigError if there is none."""
+    found = {metric.record: metric for metric in METRICS}
+    if record not in found:
+        raise ConfigError(f"metric={record}: unknown{did_you_mean(record, found)}")
+    return found[record]
 
 
 def measured(evaluation: Any) -> list[Metric]:

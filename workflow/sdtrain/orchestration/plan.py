@@ -25,7 +25,7 @@ from sdtrain.config.load import (
 )
 from sdtrain.data import predicates
 from sdtrain.errors import ConfigError, SDTrainError
-from sdtrain.evaluation.registry import measured
+from sdtrain.evaluation.registry import measured, metric_of
 
 
 class Plan:
@@ -196,33 +196,33 @@ class Plan:
         """Return the folder of the feature network of the Frechet distance."""
         return f"resources/components/{self.load_run(wildcards.run).evaluation.features}"
 
-    def score_model(self, wildcards: Any) -> str:
-        """Return the model of the CLIP score: a CLIP component, or a map fitted to the dataset's features."""
-        evaluation = self.load_run(wildcards.run).evaluation
-        if evaluation.alignment != "fitted":
-            return f"resources/components/{evaluation.alignment}"
-        names = f"{evaluation.features}-{self.score_text(wildcards)}"
-        return f"{self.data_folder(wildcards)}/alignment/{names}.safetensors"
+    def measured_with(self, wildcards: Any) -> dict[str, str]:
+        """Return what a metric is measured with: component folders and files, by the argument of `measure`."""
+        evaluation, metric = self.load_run(wildcards.run).evaluation, metric_of(wildcards.metric)
+        with_reference = {"reference": f"results/runs/{wildcards.run}/{wildcards.stage}/reference.safetensors"}
+        found = with_reference if metric.with_reference else {}
+        if evaluation[metric.setting] != "fitted":
+            return {"network": f"resources/components/{evaluation[metric.setting]}", **found}
+        text = self.text_encoder(wildcards)
+        fitted = f"{self.data_folder(wildcards)}/alignment/{evaluation.features}-{Path(text).name}.safetensors"
+        return {"network": fitted, "features": self.feature_network(wildcards), "text": text, **found}
 
-    def score_text(self, wildcards: Any) -> str:
-        """Return the name of the component that embeds captions for a fitted map: the run's text encoder."""
+    def measured_from(self, wildcards: Any) -> list[str]:
+        """Return the input files for these: the file itself, or the record of a component."""
+        paths = self.measured_with(wildcards).values()
+        return [path if path.endswith(".safetensors") else f"{path}.json" for path in paths]
+
+    def measure_arguments(self, wildcards: Any) -> str:
+        """Return these as arguments of `measure`."""
+        return " ".join(f"{name}={path}" for name, path in self.measured_with(wildcards).items())
+
+    def text_encoder(self, wildcards: Any) -> str:
+        """Return the folder of the component that embeds captions for a fitted map: the run's text encoder."""
         folder = self.load_run(wildcards.run).model.text_encoder.pretrained or ""
         if not folder.startswith("resources/components/"):
             where = f"configs/{wildcards.run}.yaml: evaluation.alignment: `fitted`"
             raise self.error(f"{where} needs resources/components/… as model.text_encoder.pretrained")
-        return Path(folder).name
-
-    def score_networks(self, wildcards: Any) -> str:
-        """Return the arguments that name the networks of a fitted map; a CLIP model needs none."""
-        if self.load_run(wildcards.run).evaluation.alignment != "fitted":
-            return ""
-        text = f"resources/components/{self.score_text(wildcards)}"
-        return f"features={self.feature_network(wildcards)} text={text}"
-
-    def score_record(self, wildcards: Any) -> str:
-        """Return the file of the CLIP score's model: the record of a component, or the fitted map."""
-        model = self.score_model(wildcards)
-        return model if model.endswith(".safetensors") else f"{model}.json"
+        return folder
 
     def evaluation_components(self, run: DictConfig) -> set[str]:
         """Return the names of the components that the evaluation of a run needs."""

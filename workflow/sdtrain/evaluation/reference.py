@@ -1,8 +1,7 @@
-"""The steps reference_features and frechet_distance: distances of generated images to held-out ones, and floors."""
+"""The step reference_features: features of the held-out images of a stage, and the floor of each distance to them."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from sdtrain import distributed
 from sdtrain.config.fingerprint import code_digest
 from sdtrain.config.load import held_out_dataset
 from sdtrain.data.datasets import PositionDataset, open_dataset
-from sdtrain.evaluation.features import dataset_features, load_tensors, read_samples, remake, sample_features
+from sdtrain.evaluation.features import dataset_features
 from sdtrain.evaluation.metrics import DISTANCES, FeatureSet
-from sdtrain.models.feature_networks import FeatureError, image_features
+from sdtrain.models.feature_networks import image_features
 
 
 def measure_reference(
@@ -48,38 +47,3 @@ def _open_images(path: str, dataset: Any, resolution: int, seed: int) -> Positio
     dataset = held_out_dataset(dataset, path)
     dataset.params.update(resolution=resolution, crop="center")
     return open_dataset(dataset, seed)
-
-
-def measure_distances(samples_path: str, reference_path: str, features: str) -> dict[str, Any]:
-    """Return the record of the distances. Raise FeatureError if samples and reference cannot be compared."""
-    samples = read_samples(samples_path)
-    tensors, about = load_tensors(reference_path, "mean", "covariance", "features")
-    reference = json.loads(about.get("record", "{}"))
-    network = image_features(features, distributed.only_device())
-    for key, value in (("network", network.name), ("resolution", samples["resolution"])):
-        if reference.get(key) != value:
-            raise FeatureError(
-                f"{reference_path}: {key} is {reference.get(key)!r} and the samples' is {value!r}: they cannot be "
-                f"compared; {remake(reference_path)}"
-            )
-    if missing := [distance.floor for distance in DISTANCES if distance.floor not in reference]:
-        raise FeatureError(f"{reference_path}: lacks {', '.join(missing)}; {remake(reference_path)}")
-    made = FeatureSet(sample_features(network, samples, "generated images"))
-    real = FeatureSet(tensors["features"], (tensors["mean"], tensors["covariance"]))
-    first, *others = (
-        {
-            "metric": distance.name(network.name),
-            "value": distance.measure(made, real),
-            "floor": reference[distance.floor],
-        }
-        for distance in DISTANCES
-    )
-    return {
-        **first,
-        "images": len(made.features),
-        "floor_images": reference["floor_images"],
-        "reference_images": reference["images"],
-        "resolution": samples["resolution"],
-        **{distance.key: figures for distance, figures in zip(DISTANCES[1:], others, strict=True)},
-        "code": code_digest(),
-    }

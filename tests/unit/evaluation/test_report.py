@@ -15,7 +15,7 @@ from PIL import Image
 from samples import load_script, make_sample, write_tar
 
 from sdtrain.data.manifest import write_manifest
-from sdtrain.evaluation import report as evaluation_report
+from sdtrain.evaluation import metrics as evaluation_metrics
 from sdtrain.evaluation.metrics import DISTANCES
 from sdtrain.io.files import read_json, write_json, write_text
 
@@ -235,7 +235,7 @@ def test_rows_that_are_none(run, rows):
 
 def test_records_from_before_a_new_distance_are_shown(run, monkeypatch):
     new = dataclasses.replace(DISTANCES[1], key="new", kind="new distance", about="A new explanation.")
-    monkeypatch.setattr(evaluation_report, "DISTANCES", (*DISTANCES, new))
+    monkeypatch.setattr(evaluation_metrics, "DISTANCES", (*DISTANCES, new))
     make(run)
     assert "A new explanation." not in Path(run["html"]).read_text()
     for images, stage in ((0, "stage1"), (160, "stage2")):

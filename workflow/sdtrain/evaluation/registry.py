@@ -37,11 +37,12 @@ class Metric:
     key: str  # its place in the rows of metrics.json
     setting: str  # the key of `evaluation` that names its network; without a value it is not measured
     needed: tuple[str, ...]  # keys of the record
-    columns: tuple[Column, ...]
+    columns: Callable[[Record], list[Column]]  # of a record
     note: str  # below its headline, a format string over the keys of the record
-    explain: Callable[[Record], list[tuple[str, str]]]  # the terms that the report explains, beside the distances
+    explain: Callable[[Record], list[tuple[str, str]]]  # the terms that the report explains, each with its text
     by_resolution: bool = False  # one headline for each resolution, with the figure before training
     with_reference: bool = False  # whether it compares with the reference features of the stage
+    optional: bool = True  # whether a run may leave it out
 
     def measure(self, samples: Record, given: dict[str, str], config: Any) -> Record:
         """Return the record of generated images: at least `metric`, the name that reports show, and `value`.
@@ -52,13 +53,38 @@ class Metric:
         return importlib.import_module(f"{__package__}.{self.record}").measure(samples, given, config)
 
 
-def explain_floor(record: Record) -> list[tuple[str, str]]:
-    """Explain the floor of the distances."""
-    text = (
+def distance_columns(record: Record) -> list[Column]:
+    """Return the columns of the distance, its floor, and the further distances that the record has."""
+    from sdtrain.evaluation.metrics import DISTANCES  # here, as it imports torch
+
+    first = [
+        Column("value", arrow="↓", real="floor"),
+        Column("floor", title="floor"),
+        Column("images", title="n", real="floor_images", form="{:,}"),
+    ]
+    return first + [
+        Column(f"{d.key}.value", arrow=d.arrow, real=f"{d.key}.floor", scale=d.scale, text=False)
+        for d in DISTANCES[1:]
+        if d.key in record
+    ]
+
+
+def explain_distances(record: Record) -> list[tuple[str, str]]:
+    """Explain the distances that the record has, and their floor."""
+    from sdtrain.evaluation.metrics import DISTANCES  # here, as it imports torch
+
+    (_, text), *further = [
+        (block["metric"], distance.about.format(**record))
+        for distance in DISTANCES
+        if (block := record.get(distance.key) if distance.key else record)
+    ]
+    if record["metric"] != DISTANCES[0].inception:
+        text += " Its network is not the Inception of FID, so it compares with no published value."
+    floor = (
         f"The same distance for {record['floor_images']:,} real training images: what a perfect memory of the training "
         "set reaches."
     )
-    return [("Floor", text)]
+    return [(record["metric"], text), ("Floor", floor), *further]
 
 
 def explain_score(record: Record) -> list[tuple[str, str]]:
@@ -91,25 +117,22 @@ METRICS = (
         key="frechet_distance",
         setting="features",
         needed=("metric", "value", "floor", "kernel"),
-        columns=(
-            Column("value", arrow="↓", real="floor"),
-            Column("floor", title="floor"),
-            Column("images", title="n", real="floor_images", form="{:,}"),
-        ),
+        columns=distance_columns,
         note="Lower is better; real images reach {floor:.1f}.",
-        explain=explain_floor,
+        explain=explain_distances,
         by_resolution=True,
         with_reference=True,
+        optional=False,
     ),
     Metric(
         record="clip_score",
         key="alignment",
         setting="alignment",
         needed=("metric", "value", "shuffled"),
-        columns=(
+        columns=lambda record: [
             Column("value", arrow="↑", real="real.value"),
             Column("shuffled", title="shuffled", real="real.shuffled"),
-        ),
+        ],
         note="with the captions that the images were made from; {shuffled:.1f} with the same captions shuffled. Higher "
         "is better.",
         explain=explain_score,

@@ -16,7 +16,6 @@ from sdtrain.data import yields
 from sdtrain.errors import ConfigError
 from sdtrain.evaluation.charts import chart
 from sdtrain.evaluation.features import read_record, read_samples
-from sdtrain.evaluation.metrics import DISTANCES
 from sdtrain.evaluation.pictures import show_grids
 from sdtrain.evaluation.registry import METRICS, Column, Metric, figure, short_name
 from sdtrain.io.files import read_json
@@ -49,9 +48,9 @@ def read_row(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_metric(folder: Path, metric: Metric) -> dict[str, Any] | None:
-    """Return the record of a metric without its code digest. Only METRICS[0] is always measured."""
+    """Return the record of a metric without its code digest; None if it was left out."""
     path = folder / f"{metric.record}.json"
-    if metric is not METRICS[0] and not path.exists():
+    if metric.optional and not path.exists():
         return None
     return {key: value for key, value in read_record(path, *metric.needed).items() if key != "code"}
 
@@ -113,19 +112,9 @@ def data_wait_share(log: pd.DataFrame) -> float | None:
 
 
 def columns(rows: list[dict[str, Any]]) -> list[tuple[Metric, Column]]:
-    """Return the columns of all metrics that the last row has, with titles; distances beside the first one included."""
-    found = []
-    for metric in METRICS:
-        record = rows[-1][metric.key]
-        own = list(metric.columns)
-        if metric is METRICS[0]:
-            own += [
-                Column(f"{d.key}.value", arrow=d.arrow, real=f"{d.key}.floor", scale=d.scale, text=False)
-                for d in DISTANCES[1:]
-                if d.key in record
-            ]
-        found += [(metric, column) for column in own] if record else []
-    return found
+    """Return the columns of all metrics that the last row has."""
+    last = rows[-1]
+    return [(metric, column) for metric in METRICS if last[metric.key] for column in metric.columns(last[metric.key])]
 
 
 def title_of(record: dict[str, Any], column: Column) -> str:
@@ -234,18 +223,7 @@ def real_cell(record: dict[str, Any] | None, column: Column, resolution: int) ->
 
 def terms(last: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the terms that the page explains."""
-    record = last[METRICS[0].key]
-    found = []
-    for distance in DISTANCES:
-        block = record.get(distance.key) if distance.key else record
-        if block is None:  # a record from before this distance
-            continue
-        text = distance.about.format(**record)
-        if not distance.key and block["metric"] != distance.inception:
-            text += " Its network is not the Inception of FID, so it compares with no published value."
-        found.append((block["metric"], text))
-        found += METRICS[0].explain(record) if not distance.key else []
-    return found + [term for metric in METRICS[1:] if last[metric.key] for term in metric.explain(last[metric.key])]
+    return [term for metric in METRICS if last[metric.key] for term in metric.explain(last[metric.key])]
 
 
 def training(row: dict[str, Any]) -> dict[str, Any]:

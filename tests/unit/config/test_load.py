@@ -136,16 +136,19 @@ def test_unknown_choice_is_an_error_that_lists_the_choices(key):
     assert f"{key}: must be one of {', '.join(allowed)}, got 'none-of-them'" in str(error.value)
 
 
-BOUNDS = {
-    k.name: (name, bound) for k in all_keys(schema.StageConfig) for name, bound in k.metadata.get("bounds", {}).items()
-}
+BOUNDS = [
+    (kind, key.name, name, bound)
+    for kind in (schema.RunConfig, schema_data.DataConfig, schema_data.AutoencoderConfig)
+    for key in all_keys(kind)
+    for name, bound in key.metadata.get("bounds", {}).items()
+]
 
 
-@pytest.mark.parametrize("key", BOUNDS)
-def test_value_out_of_bounds_is_an_error(key):
-    name, bound = BOUNDS[key]
+@pytest.mark.parametrize(("kind", "key", "name", "bound"), BOUNDS)
+def test_value_out_of_bounds_is_an_error(kind, key, name, bound):
+    value = bound + {"ge": -1, "le": 1}.get(name, 0)
     with pytest.raises(ConfigError, match=rf": {key}: must be .*(at least|than|at most) {bound}"):
-        stage("", f"{key}={bound + {'ge': -1, 'le': 1}.get(name, 0)}")
+        load_config(kind, overrides=[f"{key}={value}"])
 
 
 def test_errors_of_the_command_line_name_it():

@@ -43,13 +43,6 @@ def test_a_dataset_can_be_pickled(manifest):
     assert all(torch.equal(dataset[p]["pixels"], there[p]["pixels"]) for p in (0, 50))
 
 
-def test_a_window_of_no_shards_is_refused(manifest):
-    cfg = load_config(schema.DatasetConfig, values={"params": {"path": manifest}})
-    cfg.params.window = 0
-    with pytest.raises(DataError, match=r"dataset\.params\.window=0: must be at least 1"):
-        open_dataset(cfg, 0)
-
-
 # ---------------------------------------------------------------- what is said of it
 def test_the_description_advises_to_reshard_if_few_samples_are_kept(manifest):
     assert ImageDataset(manifest, 16).describe() == "41 of 41 samples (none dropped)"

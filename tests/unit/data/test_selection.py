@@ -219,13 +219,10 @@ def test_a_null_is_a_value_of_its_own(select):
         ({"filters": {"widht": ">=1"}}, "no column widht; did you mean width?"),
         ({"filters": {"width": ">=big"}}, "filters.width: cannot parse the predicate '>=big'"),
         ({"held_out": {"column": "consept", "fraction": 0.1}}, "no column consept; did you mean concept?"),
-        (
-            {"held_out": {"column": "url", "fraction": 1.5}},
-            "held_out.fraction: must be at least 0 and below 1, got 1.5",
-        ),
+        ({"held_out": {"fraction": 1.5}}, "held_out.fraction: must be at least 0 and less than 1, got 1.5"),
         ({"held_out": {"column": "url", "fraction": 1e-9}}, "nothing is held out"),
         ({"deduplicate": "ulr"}, "no column ulr; did you mean url?"),
-        ({"rows": 0}, "select.rows: must be a positive number of rows, got 0"),
+        ({"rows": 0}, ": rows: must be at least 1, got 0"),
         ({"filter": {}}, "unknown key filter; did you mean filters?"),
     ],
 )

@@ -477,7 +477,7 @@ MISTAKES = {  # what is said on the command line, and what the one message must 
     "precision": (["mixed_precision=fp8"], ["mixed_precision", "fp8", "bf16"]),
     "batch of none": (["batch_size=0"], ["batch_size: must be at least 1, got 0"]),
     "no loss": ([f"loss.{name}=0" for name in autoencoder.TERMS if name != "kl"], ["loss: ", "such as loss.l1=1"]),
-    "negative weight": (["loss.chroma=-1"], ["loss: ", "none may be negative"]),
+    "negative weight": (["loss.chroma=-1"], ["loss.chroma: must be at least 0, got -1.0"]),
     "no network": (["loss.perceptual=1"], ["loss.perceptual_network", "needs one"]),
     "missing network": (
         ["loss.perceptual=1", "loss.perceptual_network=nowhere"],

@@ -260,8 +260,6 @@ def open_dataset(config: DictConfig, seed: int) -> PositionDataset:
     params = config.params
     if config.type not in FORMS:
         raise DataError(f"dataset.type: no dataset form {config.type}{did_you_mean(config.type, FORMS)}")
-    if params.window < 1:
-        raise DataError(f"dataset.params.window={params.window}: must be at least 1")
     filters = dict(params.filters) if params.filters else None
     shared = {"filters": filters, "seed": seed, "window": params.window, "cache": params.cache}
     return FORMS[config.type](params, shared)

@@ -149,12 +149,8 @@ def check(config: DictConfig, split: str) -> tuple[Predicates, DictConfig | None
     """
     select, held = config.select, config.select.held_out
     check_existing(select)
-    if not 0 <= held.fraction < 1:
-        raise ConfigError(f"select.held_out.fraction: {held.fraction} is not in [0, 1)")
     if split == "held_out" and not (config.held_out_path or held.fraction):
         raise ConfigError(f"{NO_HELD_OUT}, or set select.held_out.fraction")
-    if config.samples_per_shard < 1:
-        raise ConfigError(f"shards.samples_per_shard: {config.samples_per_shard} is not above 0")
     return parse(select.filters), held if held.fraction and not config.held_out_path else None
 
 

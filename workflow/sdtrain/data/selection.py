@@ -50,10 +50,6 @@ def select(config: DictConfig, path: str | Path, train: str | Path, held_out: st
 
 def check_config(config: DictConfig, table: Table, predicates: Predicates) -> None:
     """Raise ConfigError, PredicateError or TableError, before the table is read, for what it cannot give."""
-    if not 0 <= config.held_out.fraction < 1:
-        raise ConfigError(f"select.held_out.fraction: must be at least 0 and below 1, got {config.held_out.fraction}")
-    if config.rows is not None and config.rows < 1:
-        raise ConfigError(f"select.rows: must be a positive number of rows, got {config.rows}; leave it out for all")
     predicates.judge(table.schema.empty_table())
     table.require(["url"])
     table.require([config.held_out.column] if config.held_out.fraction else [])

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdtrain.config.keys import all_keys, keys_of
+from sdtrain.config.keys import BOUNDS, all_keys, keys_of
 from sdtrain.config.schema import StageConfig
 from sdtrain.errors import ConfigError, did_you_mean
 
-BOUNDS = {
-    "ge": (operator.ge, "at least"),
-    "gt": (operator.gt, "greater than"),
-    "le": (operator.le, "at most"),
-    "lt": (operator.lt, "less than"),
-}
 REPEATED_KEYS = {  # open-diffusion's dataset section repeats these
     "dataset.params.batch_size": "system.batch_size",
     "dataset.params.num_examples_to_see": "experiment.num_examples_to_see",
@@ -47,11 +40,9 @@ def check_values(schema: type, config: DictConfig, where: str) -> None:
     """Raise ConfigError for a value out of its bounds, or in conflict with another key."""
     values = OmegaConf.to_container(config)
     for key in all_keys(schema):
-        if bounds := key.metadata.get("bounds"):
-            value = _find(config, values, key.name)
-            if value is not None and not all(BOUNDS[name][0](value, bound) for name, bound in bounds.items()):
-                limits = " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
-                raise ConfigError(f"{where}: {key.name}: must be {limits}, got {value!r}")
+        value = _find(config, values, key.name) if key.bounds else None
+        if value is not None and not all(BOUNDS[name][0](value, bound) for name, bound in key.bounds.items()):
+            raise ConfigError(f"{where}: {key.name}: must be {key.limits}, got {value!r}")
     if issubclass(schema, StageConfig):
         found = {key.name: _find(config, values, key.name) for key in all_keys(StageConfig) if not key.section}
         for check in (_check_batch_size, _check_repeated_keys, _check_wait, _check_images):

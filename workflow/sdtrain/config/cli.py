@@ -17,26 +17,25 @@ def command_line(
     `defaults` are the command's own keys and their defaults; None means that the key is required. Return the config
     (None without a schema) and the command's own keys. Print usage and exit for `--help` and for a wrong argument.
     """
-    required = [key for key, value in defaults.items() if value is None] + (["config"] if schema else [])
-    optional = {key: value for key, value in defaults.items() if value is not None}
+    keys = {**defaults, "config": None} if schema else defaults
     names = [f"{key}=…" if value is None else f"[{key}={value}]" for key, value in defaults.items()]
     usage = " ".join([f"usage: {Path(argv[0]).name}", *names])
     usage += " config=FILE.yaml [section.key=value …]" if schema else ""
     if any(argument in ("-h", "--help") for argument in argv[1:]):
         print(f"{about}\n\n{usage}")
         raise SystemExit(0)
-    own, overrides = dict(optional), []
+    own, overrides = {key: value for key, value in keys.items() if value is not None}, []
     for argument in argv[1:]:
         key, equals, value = argument.partition("=")
         if not equals:
             raise SystemExit(f"error: {argument!r} must be key=value\n{usage}")
-        if key in optional or key in required:
+        if key in keys:
             own[key] = value
         elif schema:
             overrides.append(argument)
         else:
             raise SystemExit(f"error: unknown key {key!r}{did_you_mean(key, list(defaults))}\n{usage}")
-    if missing := [f"{key}=…" for key in required if key not in own]:
+    if missing := [f"{key}=…" for key in keys if key not in own]:
         raise SystemExit(f"error: missing {', '.join(missing)}\n{usage}")
     if schema is None:
         return None, own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,17 @@ from sdtrain.errors import ConfigError, one_line_errors
 
 FOLDER = Path(__file__).resolve().parents[3] / "docs"
 PAGE, TEMPLATE, TESTS = (FOLDER / f"configuration.{ending}" for ending in ("md", "in.md", "tests.yaml"))
-SCHEMAS: dict[str, type] = {
-    **dict.fromkeys(("StageConfig", "RunConfig"), schema.RunConfig),
-    "DataConfig": schema_data.DataConfig,
-    "ComponentConfig": schema_data.ComponentConfig,
-}
+SCHEMAS: tuple[type, ...] = (schema.RunConfig, schema_data.DataConfig, schema_data.ComponentConfig)
+NAMED = {kind.__name__: kind for kind in (schema.StageConfig, *SCHEMAS)}  # in marks
 MARK = re.compile(r"^<!-- keys (\w+) ?([\w.]*) -->$", re.MULTILINE)
-BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
-def keys_of_table(schema_name: str, section: str) -> list[Key]:
+def keys_of_table(kind: type, section: str) -> list[Key]:
     """Return the keys of one table: those below a section, or the schema's own keys that are in no section."""
-    kind = {"StageConfig": schema.StageConfig}.get(schema_name, SCHEMAS[schema_name])
     keys = [entry for entry in all_keys(kind) if not entry.section]
     if section:
         return [entry for entry in keys if entry.name.startswith(f"{section}.")]
-    inherited = {entry.name for entry in all_keys(schema.StageConfig)} if schema_name == "RunConfig" else set()
-    return [entry for entry in keys if "." not in entry.name and entry.name not in inherited]
+    return [entry for entry in keys if entry.name in kind.__annotations__]  # without those of its base class
 
 
 def default_text(value: Any) -> str:
@@ -47,9 +42,8 @@ def default_text(value: Any) -> str:
 
 def meaning(entry: Key) -> str:
     """Return the meaning of a key, with its choices and bounds."""
-    limits = " and ".join(f"{BOUNDS[name]} {bound}" for name, bound in entry.metadata["bounds"].items())
     choices = ", ".join(f"`{choice}`" for choice in entry.choices)
-    sentences = [entry.metadata["help"], choices and f"One of {choices}", limits.capitalize()]
+    sentences = [entry.metadata["help"], choices and f"One of {choices}", entry.limits.capitalize()]
     return ". ".join(sentence for sentence in sentences if sentence).replace("|", "\\|")
 
 
@@ -67,19 +61,19 @@ def table(keys: list[Key], tests: Any) -> str:
 def render() -> str:
     """Return the page. Raise ConfigError if a key is in no table, or in two."""
     template, tests = TEMPLATE.read_text(encoding="utf-8"), OmegaConf.load(TESTS)
-    found: list[tuple[type, str]] = []
+    found: Counter[str] = Counter()
 
     def fill(mark: re.Match[str]) -> str:
         name, section = mark.groups()
-        if name not in SCHEMAS:
-            raise ConfigError(f"{TEMPLATE}: {mark[0]}: no schema {name}; use one of {', '.join(SCHEMAS)}")
-        keys = keys_of_table(name, section)
-        found.extend((SCHEMAS[name], entry.name) for entry in keys)
+        if name not in NAMED:
+            raise ConfigError(f"{TEMPLATE}: {mark[0]}: no schema {name}; use one of {', '.join(NAMED)}")
+        keys = keys_of_table(NAMED[name], section)
+        found.update(entry.name for entry in keys)
         return table(keys, tests)
 
     page = MARK.sub(fill, template)
-    wanted = [(kind, entry.name) for kind in set(SCHEMAS.values()) for entry in all_keys(kind) if not entry.section]
-    if wrong := sorted({name for kind, name in wanted if found.count((kind, name)) != 1}):
+    wanted = Counter(entry.name for kind in SCHEMAS for entry in all_keys(kind) if not entry.section)
+    if wrong := sorted(name for name in wanted | found if wanted[name] != found[name]):
         raise ConfigError(f"{TEMPLATE}: every key must be in one table; not so: {', '.join(wrong)}")
     return page
 

@@ -35,12 +35,10 @@ def decisive_keys(config: DictConfig) -> dict[str, Any]:
     of their content, so their paths are left out too. A section without such keys is left out.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
-    for entry in all_keys(StageConfig):
-        is_neutral = _value(values, entry.name) == entry.metadata.get("neutral", NOT_NEUTRAL)
-        if not entry.section and (is_neutral or not entry.decides):
-            _remove(values, entry.name)
-    for entry in reversed(all_keys(StageConfig)):
-        if entry.section and not entry.decides and not _value(values, entry.name):
+    for entry in reversed(all_keys(StageConfig)):  # a section after its keys, of which none may be left
+        value = _value(values, entry.name)
+        is_neutral = value == entry.metadata.get("neutral", NOT_NEUTRAL)
+        if is_neutral or not entry.decides and not (entry.section and value):
             _remove(values, entry.name)
     return values
 

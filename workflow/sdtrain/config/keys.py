@@ -5,32 +5,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import operator
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NOT_NEUTRAL = object()
+BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "greater than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
 
 
-def key(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    decides: bool | None = None,
-    neutral: Any = NOT_NEUTRAL,
-) -> Any:
-    """Return a dataclass field with a default, a meaning in Markdown for the documentation, and bounds.
+def key(default: Any, help: str, *, decides: bool | None = None, neutral: Any = NOT_NEUTRAL, **bounds: float) -> Any:
+    """Return a dataclass field with a default, a meaning in Markdown for the documentation, and BOUNDS such as `ge=1`.
 
     `decides=False`: the key changes no trained weight, so it is not part of a training's identity; by default a key is
     as its section. `neutral` is for a key that is added to a released schema: at this value, fingerprints and frozen
     slices are those of the program without the key.
     """
-    bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if bound is not None}
     metadata = {"help": help, "bounds": bounds, "decides": decides, "neutral": neutral}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -39,7 +35,7 @@ def key(
 
 def section(kind: Any, decides: bool | None = None) -> Any:
     """Return a dataclass field that holds a section: `kind` is its class, or a function that makes its defaults."""
-    return field(default_factory=kind, metadata={"decides": decides, "bounds": {}, "neutral": NOT_NEUTRAL})
+    return field(default_factory=kind, metadata={"decides": decides})
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,16 @@ class Key:
         """The allowed values of a key with `Literal` type; empty if any value is allowed."""
         literals = [hint for hint in alternatives(self.hint) if typing.get_origin(hint) is Literal]
         return tuple(value for literal in literals for value in typing.get_args(literal))
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds of the value by their names in BOUNDS."""
+        return self.metadata.get("bounds", {})
+
+    @property
+    def limits(self) -> str:
+        """The bounds in words; empty if there are none."""
+        return " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in self.bounds.items())
 
     @property
     def is_mapping(self) -> bool:

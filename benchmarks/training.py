@@ -307,7 +307,7 @@ def compare_saves(training: Ours) -> None:
 # ---------------------------------------------------------------- the GPU
 def sd_v1_unet() -> dict:
     """Return the arguments of the UNet of sd-v1."""
-    return OmegaConf.to_container(load_run("sd-v1").model.unet.params)
+    return OmegaConf.to_container(load_run("sd-v1")[0].model.unet.params)
 
 
 def speed(pipe, kind: type, images: int, steps: int, switches: dict) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from omegaconf import DictConfig, OmegaConf
 
 from sdtrain.config import schema
-from sdtrain.config.load import load_config
+from sdtrain.config.load import load_config, load_run
 
 FILLED = ["wandb.api_key=null", "experiment.log_dir=logs", "experiment.name=n", "experiment.project=p"]
 FILLED += ["experiment.num_examples_to_see=100", "dataset.params.path=shards/{00000..00009}.tar"]
@@ -25,6 +27,11 @@ stages:
     experiment: {num_examples_to_see: 40}
     dataset: {params: {resolution: 128, filters: {width: '>=128'}}}
 """
+
+
+def load_stage(run: str, name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the whole configuration of a run's stage."""
+    return load_run(run, overrides)[1][name]
 
 
 def stage(text: str = "", *overrides: str) -> DictConfig:

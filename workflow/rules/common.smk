@@ -26,7 +26,8 @@ if workflow.is_main_process:
 
 plan = Plan(RUN, OVERRIDES, error=WorkflowError)
 plan.check()
-configuration.pass_on_key(plan.load_run(RUN))
+if api_key := plan.load_run(RUN).wandb.api_key:  # jobs inherit it: no file and no command line contains it
+    os.environ["WANDB_API_KEY"] = api_key
 if workflow.is_main_process:  # jobs read this copy, so that later edits do not affect them
     os.environ[configuration.CONFIGS] = str(invocations.keep_configs(configuration.config_folder()))
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from configurations import FILLED, RUN, stage
+from configurations import FILLED, RUN, load_stage, stage
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -22,7 +22,7 @@ from sdtrain.config.fingerprint import (
     stage_fingerprint,
 )
 from sdtrain.config.keys import all_keys, key, section
-from sdtrain.config.load import load_config, load_stage
+from sdtrain.config.load import load_config
 from sdtrain.io.files import write_json
 
 

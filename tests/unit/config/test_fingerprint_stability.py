@@ -12,10 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from configurations import load_stage
 from samples import ROOT
 
 from sdtrain.config.fingerprint import stage_fingerprint
-from sdtrain.config.load import load_stage
 from sdtrain.orchestration.plan import Plan
 
 RECORDED = json.loads(Path(__file__).with_name("fingerprints.json").read_text())
@@ -28,7 +28,8 @@ def repository(monkeypatch):
 
 @pytest.mark.parametrize("stage", RECORDED["stage_fingerprints"])
 def test_stage_fingerprint_is_unchanged(stage, repository):
-    assert stage_fingerprint(load_stage(*stage.split("/"))) == RECORDED["stage_fingerprints"][stage]
+    run, name = stage.split("/")
+    assert stage_fingerprint(load_stage(run, name)) == RECORDED["stage_fingerprints"][stage]
 
 
 def test_frozen_slices_are_unchanged(repository):

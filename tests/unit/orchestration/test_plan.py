@@ -118,3 +118,8 @@ def test_invalid_yaml_is_refused(checkout):
         file.write("stages: [\n")
     with pytest.raises(PlanningError, match="configs/demo.yaml: not valid YAML"):
         Plan("demo", [], error=PlanningError).check()
+
+
+def test_unknown_stage_names_a_similar_one(checkout):
+    with pytest.raises(PlanningError, match="configs/demo.yaml: stages: no stage 'stage'; did you mean stage"):
+        Plan("demo", [], error=PlanningError).load_stage("demo", "stage")

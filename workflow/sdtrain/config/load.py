@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import io
@@ -39,7 +38,7 @@ def load_config(
     """
     where = "configuration" if path is None else str(path)
     if values is None and path is not None:
-        values = _parse_yaml(_read_text(path), where)
+        values = _read_yaml(path)
     elif not isinstance(values, DictConfig):
         values = OmegaConf.create(values or {})
     try:
@@ -63,21 +62,16 @@ def load_config(
     return config
 
 
-def _read_text(path: str | Path) -> str:
-    """Return the text of a file. Raise ConfigError, with a similar file name, if it cannot be read."""
+def _read_yaml(path: str | Path) -> DictConfig:
+    """Return the mapping in a YAML file. Raise ConfigError, with a similar file name, if there is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(Path(path).stem, [p.stem for p in Path(path).parent.glob("*.yaml")], 1)
         hint = f"; did you mean {Path(path).parent / (near[0] + '.yaml')}?" if near else ""
         raise ConfigError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
-@functools.lru_cache(maxsize=64)
-def _parse_yaml(text: str, path: str) -> DictConfig:
-    """Return the mapping in a YAML text of the file `path`. Equal texts are parsed once; do not change the result."""
     try:
         values = OmegaConf.load(io.StringIO(text))
     except Exception as error:  # the YAML parser's own errors have line and column
@@ -116,67 +110,51 @@ def config_folder() -> Path:
     return Path(os.environ.get(CONFIGS, "configs"))
 
 
-def _read_source(name: str) -> tuple[str, str]:
-    """Return the path and the text of `configs/{name}.yaml`, by which loaded configurations are cached."""
-    path = config_folder() / f"{name}.yaml"
-    return str(path), _read_text(path)
-
-
 # ---------------------------------------------------------------- runs and stages
-def load_run(run: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Return `configs/{run}.yaml` with its overrides. Raise ConfigError if the run or one of its stages is wrong."""
-    source = *_read_source(run), tuple(overrides)
-    config = _load_run(*source)
-    if OmegaConf.is_missing(config, "stages") or not config.stages:
-        raise ConfigError(f"{source[0]}: stages: at least one stage is needed, such as stages: {{stage1: {{}}}}")
-    for stage in config.stages:
-        _load_stage(*source, stage)
-    return copy.deepcopy(config)
+def load_run(run: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, DictConfig]]:
+    """Return `configs/{run}.yaml` with its overrides, and the whole configuration of each of its training stages.
 
-
-def load_stage(run: str, stage: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Return the whole configuration of a training stage: the run's sections, overlaid with the stage's own keys.
-
-    Paths that the workflow decides (log folder, project, name, dataset path, initial weights) are set if the file
-    leaves them open.
+    A stage has the run's sections, overlaid with its own keys. Paths that the workflow decides (log folder, project,
+    name, dataset path, initial weights) are set if the file leaves them open. Raise ConfigError if the run or one of
+    its stages is wrong.
     """
-    return copy.deepcopy(_load_stage(*_read_source(run), tuple(overrides), stage))
+    path = config_folder() / f"{run}.yaml"
+    config = load_config(RunConfig, path, overrides)
+    if OmegaConf.is_missing(config, "stages") or not config.stages:
+        raise ConfigError(f"{path}: stages: at least one stage is needed, such as stages: {{stage1: {{}}}}")
+    values: Any = OmegaConf.to_container(config)
+    shared = {key: values[key] for key in keys_of(StageConfig)}
+    stages: dict[str, DictConfig] = {}
+    for name, own in values["stages"].items():
+        where = f"{path}: stages.{name}"
+        if not isinstance(own or {}, dict):
+            raise ConfigError(f"{where}: must be a mapping of the keys that differ, got {own!r}")
+        stage = load_config(StageConfig, where, values=_overlay(shared, own or {}))
+        _complete(stage, run, name, config.data)
+        if stage.init in stages:
+            last = stages[stage.init].experiment.milestones[-1]
+            stage.init = f"results/runs/{run}/{stage.init}/{last}/pipeline"
+        elif stage.init and "/" not in stage.init:
+            hint = did_you_mean(stage.init, stages)
+            raise ConfigError(f"{where}.init: no stage {stage.init!r} before {name}{hint}")
+        stages[name] = require(stage, where)
+    return config, stages
 
 
-@functools.lru_cache(maxsize=16)
-def _load_run(path: str, text: str, overrides: tuple[str, ...]) -> DictConfig:
-    return load_config(RunConfig, path, overrides, values=_parse_yaml(text, path))
-
-
-@functools.lru_cache(maxsize=64)
-def _load_stage(path: str, text: str, overrides: tuple[str, ...], stage: str) -> DictConfig:
-    run, run_config = Path(path).stem, _load_run(path, text, overrides)
-    where = f"{path}: stages.{stage}"
-    if stage not in run_config.stages:
-        raise ConfigError(f"{path}: stages: no stage {stage!r}{did_you_mean(stage, list(run_config.stages))}")
-    shared: Any = OmegaConf.to_container(run_config)
-    own = shared["stages"][stage] or {}
-    if not isinstance(own, dict):
-        raise ConfigError(f"{where}: must be a mapping of the keys that differ, got {own!r}")
-    config = load_config(StageConfig, where, values=_overlay({key: shared[key] for key in keys_of(StageConfig)}, own))
+def _complete(stage: DictConfig, run: str, name: str, data: str | None) -> None:
+    """Set the paths that the workflow decides and that are open; sort the milestones and add the end of the stage."""
     facts = {
         "experiment.log_dir": "results/runs",
         "experiment.project": run,
-        "experiment.name": stage,
-        "dataset.params.path": _dataset_path(run_config, config),
+        "experiment.name": name,
+        "dataset.params.path": _dataset_path(data, stage),
     }
     for key, value in facts.items():
-        if value is not None and OmegaConf.select(config, key, throw_on_missing=False) is None:
-            OmegaConf.update(config, key, value)
-    _set_milestones(config.experiment)
-    stages = list(run_config.stages)
-    earlier = stages[: stages.index(stage)]
-    if config.init in earlier:
-        first = _load_stage(path, text, overrides, config.init)
-        config.init = f"results/runs/{run}/{config.init}/{first.experiment.milestones[-1]}/pipeline"
-    elif config.init and "/" not in config.init:
-        raise ConfigError(f"{where}.init: no stage {config.init!r} before {stage}{did_you_mean(config.init, earlier)}")
-    return require(config, where)
+        if value is not None and OmegaConf.select(stage, key, throw_on_missing=False) is None:
+            OmegaConf.update(stage, key, value)
+    if not OmegaConf.is_missing(stage.experiment, "num_examples_to_see"):  # else `require` reports it
+        milestones = {*stage.experiment.milestones, stage.experiment.num_examples_to_see}
+        stage.experiment.milestones = sorted(milestones)
 
 
 def _overlay(values: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
@@ -188,20 +166,14 @@ def _overlay(values: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
     return {**values, **both}
 
 
-def _set_milestones(experiment: DictConfig) -> None:
-    """Sort the milestones and add the end of the stage."""
-    if not OmegaConf.is_missing(experiment, "num_examples_to_see"):
-        experiment.milestones = sorted({*experiment.milestones, experiment.num_examples_to_see})
-
-
-def _dataset_path(run: DictConfig, stage: DictConfig) -> str | None:
+def _dataset_path(data: str | None, stage: DictConfig) -> str | None:
     """Return the manifest that the workflow makes for a stage; None for tables, whose files the user names."""
-    if run.data is None or stage.dataset.type in TABLE_DATASETS:
+    if data is None or stage.dataset.type in TABLE_DATASETS:
         return None
     if stage.dataset.type != "LatentDataset":
-        return f"results/data/{run.data}/train/shards/manifest.json"
+        return f"results/data/{data}/train/shards/manifest.json"
     vae = Path(stage.model.vae.pretrained or stage.model.pretrained or "vae").name
-    return f"results/data/{run.data}/train/latents/{vae}-{stage.dataset.params.resolution}px/manifest.json"
+    return f"results/data/{data}/train/latents/{vae}-{stage.dataset.params.resolution}px/manifest.json"
 
 
 def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
@@ -212,33 +184,18 @@ def held_out_dataset(dataset: DictConfig, path: str) -> DictConfig:
     return held_out
 
 
-def pass_on_key(config: DictConfig) -> None:
-    """Pass the wandb API key to the jobs in the environment, so that no file and no command line contains it."""
-    if config.wandb.api_key:
-        os.environ["WANDB_API_KEY"] = config.wandb.api_key
-
-
 # ---------------------------------------------------------------- components
 def load_components() -> dict[str, DictConfig]:
     """Return the entries of `configs/components.yaml`."""
-    path, text = _read_source("components")
-    entries: Any = OmegaConf.to_container(_parse_yaml(text, path))
-    return {str(name): _load_component(f"{path}: {name}", entry) for name, entry in entries.items()}
-
-
-def load_component(name: str, entries: dict[str, DictConfig] | None = None) -> DictConfig:
-    """Return one of the entries that `load_components` returned, by default of a new call."""
-    entries = load_components() if entries is None else entries
-    if name not in entries:
-        path = config_folder() / "components.yaml"
-        raise ConfigError(f"{path}: no component {name!r}{did_you_mean(name, list(entries))}")
-    return entries[name]
-
-
-def _load_component(where: str, entry: Any) -> DictConfig:
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: must be a mapping of keys, such as {{source: folder, path: …}}")
-    return require(load_config(ComponentConfig, where, values=entry), where)
+    path = config_folder() / "components.yaml"
+    entries: Any = OmegaConf.to_container(_read_yaml(path))
+    found = {}
+    for name, entry in entries.items():
+        where = f"{path}: {name}"
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{where}: must be a mapping of keys, such as {{source: folder, path: …}}")
+        found[str(name)] = require(load_config(ComponentConfig, where, values=entry), where)
+    return found
 
 
 def component_record(folder: str) -> str:

@@ -8,23 +8,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sdtrain.config.fingerprint import freeze_stage, slice_text
 from sdtrain.config.load import (
     MODEL_PARTS,
     check_existing,
     component_record,
+    config_folder,
     data_slice,
-    load_component,
     load_components,
     load_data,
     load_run,
-    load_stage,
     way_in,
 )
 from sdtrain.data import predicates
-from sdtrain.errors import ConfigError, SDTrainError
+from sdtrain.errors import ConfigError, SDTrainError, did_you_mean
 from sdtrain.evaluation.registry import measured, metric_of
 
 
@@ -37,12 +36,10 @@ class Plan:
 
     def __init__(self, run: str, overrides: list[str], error: type[Exception]):
         self.run, self.error = run, error
-        self.load_run = self._read(lambda name: load_run(name, overrides if name == run else []))
-        self.load_stage = self._read(lambda name, stage: load_stage(name, stage, overrides if name == run else []))
+        self._load_run = self._read(lambda name: load_run(name, overrides if name == run else []))
         self.load_data = self._read(load_data)
         self.data_slice = self._read(lambda name, step: data_slice(self.load_data(name), step))
         self.load_components = self._read(load_components)
-        self.load_component = self._read(lambda name: load_component(name, self.load_components()))
 
     def _read(self, function: Callable) -> Callable:
         @functools.cache
@@ -54,24 +51,37 @@ class Plan:
 
         return read
 
+    def load_run(self, run: str) -> DictConfig:
+        """Return the configuration of a run."""
+        return self._load_run(run)[0]
+
+    def load_stage(self, run: str, stage: str) -> DictConfig:
+        """Return the whole configuration of a run's stage."""
+        return self._find(stage, self._load_run(run)[1], f"{run}.yaml: stages: no stage")
+
+    def load_component(self, name: str) -> DictConfig:
+        """Return an entry of `configs/components.yaml`."""
+        return self._find(name, self.load_components(), "components.yaml: no component")
+
+    def _find(self, name: str, known: dict[str, DictConfig], problem: str) -> DictConfig:
+        if name not in known:
+            raise self.error(f"{config_folder()}/{problem} {name!r}{did_you_mean(name, known)}")
+        return known[name]
+
     def check(self) -> None:
         """Read every configuration that the run names, so that a mistake in one ends planning with its message."""
         run = self.load_run(self.run)
-        named = self.evaluation_components(run)
         for stage in run.stages:
-            config = self.load_stage(self.run, stage)
-            named |= {Path(record).stem for record in self.components_of(config.model)}
             with self._located(f"configs/{self.run}.yaml: dataset.params.filters"):
-                check_filters(config.dataset.params.filters)
+                predicates.parse(self.load_stage(self.run, stage).dataset.params.filters)
         if run.data:
             data, where = self.load_data(run.data), f"configs/data/{run.data}.yaml"
             with self._located(f"{where}: select.filters"):
-                check_filters(data.select.filters)
-            named |= {data.latents.text_encoder} - {None}
+                predicates.parse(data.select.filters)
             if data.shards.path:
                 with self._located(where):
                     check_existing(data.select)
-        for name in sorted(named):
+        for name in self.components():
             self.load_component(name)
 
     @contextlib.contextmanager
@@ -118,6 +128,16 @@ class Plan:
         return made_here(self.load_stage(run, stage).dataset.params.path)
 
     # ------------------------------------------------------------ components
+    def components(self) -> list[str]:
+        """Return the names of the components that the run's training, data and evaluation need."""
+        run = self.load_run(self.run)
+        found = self.evaluation_components(run)
+        for stage in run.stages:
+            found |= {Path(record).stem for record in self.components_of(self.load_stage(self.run, stage).model)}
+        if run.data and (text_encoder := self.load_data(run.data).latents.text_encoder):
+            found.add(text_encoder)
+        return sorted(found)
+
     def components_of(self, model: DictConfig) -> list[str]:
         """Return the records of the components that a `model` section names."""
         sources = [model.pretrained, *(model[part].pretrained for part in MODEL_PARTS)]
@@ -241,12 +261,6 @@ class Plan:
         """Return every record that the report shows."""
         records = ["train", "samples", *self.metrics(wildcards.run)]
         return [f"results/runs/{wildcards.run}/{row}/{name}.json" for row in self.rows(wildcards) for name in records]
-
-
-def check_filters(filters: DictConfig | None) -> None:
-    """Raise PredicateError if a filter is malformed."""
-    values: Any = OmegaConf.to_container(filters) if filters else None
-    predicates.parse(values)
 
 
 def made_here(path: str) -> str | list:

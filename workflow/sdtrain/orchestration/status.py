@@ -75,16 +75,10 @@ def built_partitions(plan: Plan, path: str) -> str:
 
 def describe_components(plan: Plan) -> list[str]:
     """Return the names of the components that are present, and of those that are missing."""
-    run = plan.load_run(plan.run)
-    records = {f"resources/components/{name}.json" for name in plan.evaluation_components(run)}
-    for stage in run.stages:
-        records |= {*plan.components_of(plan.load_stage(plan.run, stage).model)}
-    if run.data and (text := plan.text_record(SimpleNamespace(dataset=run.data))):
-        records.add(str(text))
-    present = {Path(record).stem for record in records if os.path.exists(record)}
-    missing = {Path(record).stem for record in records} - present
-    found = {"present": present, "missing": missing}
-    return table([[word, ", ".join(sorted(names))] for word, names in found.items() if names], "  ")
+    found: dict[str, list[str]] = {"present": [], "missing": []}
+    for name in plan.components():
+        found["present" if os.path.exists(f"resources/components/{name}.json") else "missing"].append(name)
+    return table([[word, ", ".join(names)] for word, names in found.items() if names], "  ")
 
 
 # ---------------------------------------------------------------- the files of a stage

@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 
 from sdtrain.errors import SDTrainError
 
-CHUNK = 1 << 20  # bytes hashed at once: long enough that the interpreter lock is no bottleneck between threads
 SETTLE = 0.5  # seconds that a lock is tried at least: `is_locked` of another process holds it for an instant
 
 
@@ -101,11 +100,8 @@ def read_json(path: str | Path) -> Any:
 
 def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- links

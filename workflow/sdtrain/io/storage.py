@@ -161,24 +161,25 @@ def _named(address: str) -> Iterator[None]:
 
 
 def find_filesystem(address: str) -> tuple[Any, str]:
-    """Return the fsspec file system of an address and the path in it. Raise StorageError for an unknown protocol."""
-    protocol, separator, rest = address.partition("://")
-    rest = urllib.parse.unquote(rest) if protocol == "file" else rest
+    """Return the fsspec file system of an address and the path in it. Raise StorageError for an unknown protocol.
+
+    fsspec keeps one file system of each protocol per process, and makes a new one after a fork.
+    """
+    import fsspec
+
+    protocol, separator, path = address.partition("://")
+    if not separator:
+        protocol, path = "file", address
+    elif protocol == "file":
+        path = urllib.parse.unquote(path)
+    # without the listings cache, because objects on S3 may change between two calls
+    options = {"config_kwargs": S3, "use_listings_cache": False} if protocol == "s3" else {}
     try:
-        return (_filesystem(protocol), rest) if separator else (_filesystem("file"), address)
+        return fsspec.filesystem(protocol, **options), path
     except (ImportError, ValueError) as error:
         raise StorageError(
             f"{address}: {protocol}:// is not supported ({error}); use a local path, s3:// or http(s)://"
         ) from None
-
-
-def _filesystem(protocol: str) -> Any:
-    """Return the file system of a protocol; fsspec caches one per process and makes a new one after a fork."""
-    import fsspec
-
-    # without the listings cache, because objects on S3 may change between two calls
-    options = {"config_kwargs": S3, "use_listings_cache": False} if protocol == "s3" else {}
-    return fsspec.filesystem(protocol, **options)
 
 
 def _glob(address: str) -> list[str]:

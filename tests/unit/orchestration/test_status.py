@@ -71,7 +71,7 @@ def write_lock(about: str = ELSEWHERE, age: float = 3600) -> None:
 
 
 def job(number: str, state: str, wildcards: str = "demo_stage2_26000", rule: str = "train", **more) -> slurm.Job:
-    facts = {"reason": "", "elapsed": "25:00", "limit": "4-00:00:00", "nodes": "16", "submitted": None, "started": None}
+    facts = {"reason": "", "elapsed": "25:00", "limit": "4-00:00:00", "nodes": "16", "started": None}
     log = Path(f".snakemake/slurm_logs/rule_{rule}/{wildcards}/{number}.log")
     return slurm.Job(number, state, rule=rule, wildcards=wildcards, log=log, **facts | more)
 
@@ -290,7 +290,7 @@ def test_a_job_that_runs(plan):
 
 def test_long_words_of_slurm_fit_a_terminal(plan):
     reason = "Job's account not known, so it can't use this partition (lab allows lab) " * 2
-    odd = slurm.Job("7", "COMPLETING", "", "1:00", "UNLIMITED", "1", None, None, "", "", None)
+    odd = slurm.Job("7", "COMPLETING", "", "1:00", "UNLIMITED", "1", None, "", "", None)
     text = view(plan, job("1234567", "PENDING", reason=reason), job("8", "RUNNING", wildcards="x" * 200), odd)
     assert "7        (not of Snakemake)" in text and "x" * 30 in text
     assert "SLURM jobs of this folder: 3\n" in text
@@ -304,19 +304,19 @@ def test_where_squeue_fails_the_files_still_speak(plan):
 
 # ---------------------------------------------------------------- squeue
 ANSWER = (  # of SLURM 22.05
-    "2|PENDING|0:00|UNLIMITED|1|2026-11-25T00:31:58|N/A|Nodes required for job are DOWN, DRAINED|{here}|rule_all\n"
-    "5|PENDING|0:00|UNLIMITED|1|2026-11-25T00:31:58|N/A|JobHeldUser|/elsewhere|rule_all\n"
-    "3|PENDING|0:00|4:00:00|2|2026-11-25T00:31:58|2026-11-25T04:31:58|JobHeldUser|{here}|two\n"
+    "2|PENDING|0:00|UNLIMITED|1|N/A|Nodes required for job are DOWN, DRAINED|{here}|rule_all\n"
+    "5|PENDING|0:00|UNLIMITED|1|N/A|JobHeldUser|/elsewhere|rule_all\n"
+    "3|PENDING|0:00|4:00:00|2|2026-11-25T04:31:58|JobHeldUser|{here}|two\n"
     "lines\n"
-    "1|RUNNING|1-02:00:02|4-00:00:00|16|2026-11-24T00:00:00|2026-11-24T00:10:00|None|{here}|"
+    "1|RUNNING|1-02:00:02|4-00:00:00|16|2026-11-24T00:10:00|None|{here}|"
     "rule_train_wildcards_sd-v2-base_stage2_a|b\n"
-    "4|COMPLETING|0:05|UNLIMITED|1|2026-11-25T00:31:58|2026-11-25T00:32:00|None|{here}|(null)\n"
+    "4|COMPLETING|0:05|UNLIMITED|1|2026-11-25T00:32:00|None|{here}|(null)\n"
 )
 
 
 def answer(here: Path) -> str:
     """That text in squeue's format: its last field may hold anything."""
-    rows = [slurm.SEPARATOR.join(line.split("|", 9)) for line in ANSWER.format(here=here).splitlines()]
+    rows = [slurm.SEPARATOR.join(line.split("|", 8)) for line in ANSWER.format(here=here).splitlines()]
     return "\n".join(rows) + "\n"
 
 
@@ -332,7 +332,7 @@ def test_what_squeue_says_of_a_folder(tmp_path):
     assert (trains.state, trains.reason, trains.elapsed) == ("RUNNING", "", "1-02:00:02")
     assert (trains.rule, trains.wildcards) == ("train", "sd-v2-base_stage2_a|b")
     assert trains.log == link / ".snakemake/slurm_logs/rule_train/sd-v2-base_stage2_a|b/1.log"
-    assert trains.submitted == datetime(2026, 11, 24)
+    assert trains.started == datetime(2026, 11, 24, 0, 10)
     assert (ends.id, ends.state, ends.rule) == ("4", "COMPLETING", "")
 
 

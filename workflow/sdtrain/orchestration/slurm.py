@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from sdtrain.errors import SDTrainError
 
 TIMEOUT = 30  # seconds that squeue may take
 SEPARATOR = "\x1f"  # reasons and comments contain commas, spaces and quotes
-FORMAT = SEPARATOR.join(("%i", "%T", "%M", "%l", "%D", "%V", "%S", "%r", "%Z", "%k"))
+FORMAT = SEPARATOR.join(("%i", "%T", "%M", "%l", "%D", "%S", "%r", "%Z", "%k"))
 
 
 class SlurmError(SDTrainError):
@@ -33,7 +34,6 @@ class Job:
     elapsed: str  # [days-][hours:]minutes:seconds
     limit: str  # in the same form
     nodes: str  # number of nodes
-    submitted: datetime | None
     started: datetime | None  # for a pending job, the start that SLURM expects
     rule: str  # or {group}_{rule}; empty for a job that Snakemake did not submit
     wildcards: str  # their values, joined by _
@@ -80,7 +80,7 @@ def parse(text: str, folder: Path) -> list[Job]:
 
 
 def _job(cells: list[str], folder: Path) -> Job:
-    number, state, elapsed, limit, nodes, submitted, started, reason, _, comment = cells
+    number, state, elapsed, limit, nodes, start, reason, _, comment = cells
     reason = "" if reason == "None" else reason
     rule, wildcards, log = "", "", None
     if comment.startswith("rule_"):  # rule_{rule}[_wildcards_{wildcards}], for a group too
@@ -88,15 +88,10 @@ def _job(cells: list[str], folder: Path) -> Job:
         logs = folder / ".snakemake/slurm_logs"
         kind = "group" if (logs / f"group_{rule}").is_dir() else "rule"  # the folder exists before the job starts
         log = logs / f"{kind}_{rule}" / wildcards / f"{number}.log"
-    times = _time(submitted), _time(started)
-    return Job(number, state, reason, elapsed, limit, nodes, *times, rule, wildcards, log)
-
-
-def _time(text: str) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:  # N/A
-        return None
+    started = None
+    with contextlib.suppress(ValueError):  # N/A
+        started = datetime.fromisoformat(start)
+    return Job(number, state, reason, elapsed, limit, nodes, started, rule, wildcards, log)
 
 
 def wait_for_jobs(folder: str | Path, say: Callable[[str], None] = print, seconds: float = 15.0) -> None:

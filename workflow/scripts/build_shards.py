@@ -1,7 +1,5 @@
 """Download one part of a selection's images into WebDataset shards with img2dataset, and write their manifest."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fetch a table of image URLs and captions into one parquet file: from files, a dataset repository, or the demo."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from sdtrain.config.cli import command_line
-from sdtrain.data.manifest import gather_manifests, read_part, summary
+from sdtrain.config.cli import command_line, positive
+from sdtrain.data.manifest import gather_manifests, summary
 from sdtrain.errors import one_line_errors
 
 
@@ -11,7 +11,7 @@ def main(argv: list[str]) -> None:
     """Run the command."""
     _, own = command_line(argv, None, __doc__, folder=None, parts="1", output=None)
     with one_line_errors():
-        _, parts = read_part("0", own["parts"])
+        parts = positive(own["parts"], "parts")
         paths = [f"{own['folder']}/{part}-of-{parts}.json" for part in range(parts)]
         manifest = gather_manifests(paths, own["output"])
         print(f"{own['output']}: {summary(manifest)}, {sum(manifest['dropped'].values()):,} dropped")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sdtrain import distributed
 from sdtrain.config import schema_data
-from sdtrain.config.cli import command_line
+from sdtrain.config.cli import command_line, positive
 from sdtrain.data.latents import precompute
-from sdtrain.errors import ConfigError, one_line_errors
+from sdtrain.errors import one_line_errors
 
 
 def main(argv: list[str]) -> None:
@@ -22,10 +22,8 @@ def main(argv: list[str]) -> None:
     here, output = distributed.world(), Path(own["output"])
     component = f"resources/components/{settings.text_encoder}" if settings.text_encoder else None
     with one_line_errors("" if here.is_main else f"rank {here.rank}: "):
-        if not own["resolution"].isdigit():
-            raise ConfigError(f"resolution={own['resolution']}: expected a number of pixels")
-        text = own["text_encoder"] or component
-        manifest = precompute(settings, own["vae"], text, int(own["resolution"]), own["images"], output)
+        resolution, text = positive(own["resolution"], "resolution"), own["text_encoder"] or component
+        manifest = precompute(settings, own["vae"], text, resolution, own["images"], output)
     if manifest:
         checks = manifest["checks"]
         for warning in checks["warnings"]:

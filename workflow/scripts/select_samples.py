@@ -1,7 +1,5 @@
 """Select the rows of a table: those that pass the filters, each value once, a random subset, and a held-out split."""
 
-from __future__ import annotations
-
 import sys
 
 from sdtrain.config import schema_data

@@ -3,8 +3,6 @@
 yields= is a file that select_samples wrote, or the manifest of existing shards.
 """
 
-from __future__ import annotations
-
 import sys
 
 from sdtrain.config.cli import command_line, positive

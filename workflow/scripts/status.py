@@ -3,8 +3,6 @@
 The command reads files and calls squeue; it changes nothing. run= names a configuration: configs/{run}.yaml.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 

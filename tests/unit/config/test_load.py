@@ -138,7 +138,7 @@ BOUNDS = [
     (kind, key.name, name, bound)
     for kind in (schema.RunConfig, schema_data.DataConfig, schema_data.AutoencoderConfig)
     for key in all_keys(kind)
-    for name, bound in key.metadata.get("bounds", {}).items()
+    for name, bound in key.bounds.items()
 ]
 
 

@@ -352,7 +352,7 @@ def test_bad_input_is_one_message(image_shards, source, tiny_parts, tmp_path):
     spoiled = shutil.copytree(image_shards, tmp_path / "spoiled")
     (spoiled / "00001.tar").unlink()
     for change, message in [
-        ({"resolution": "large"}, "resolution=large: expected a number of pixels"),
+        ({"resolution": "large"}, "resolution: must be a positive whole number, got 'large'"),
         ({"vae": tmp_path / "absent"}, "absent: no such folder; make it with: snakemake"),
         ({"text_encoder": tmp_path / "absent"}, "absent: no such folder; make it with: snakemake"),
         ({"images": spoiled / "manifest.json"}, "00001.tar: shard is missing"),

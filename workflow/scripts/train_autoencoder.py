@@ -14,17 +14,16 @@ from sdtrain import distributed
 from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
 from sdtrain.training import checkpoint
-from sdtrain.training.autoencoder_task import AutoencoderTask, training_folder
+from sdtrain.training.autoencoder_task import AutoencoderTask
 from sdtrain.training.loop import train
 
 
 def main(argv: list[str]) -> None:
     settings, own = command_line(argv, schema_data.AutoencoderConfig, __doc__, train=None, held_out=None, output=None)
-    output = Path(own["output"])
     with distributed.joined(settings.distributed) as (here, device, stop):
-        folder, wait = training_folder(output), settings.wait_minutes
-        with checkpoint.lock(folder, wait) if here.is_main else contextlib.nullcontext():
-            finished = train(AutoencoderTask(settings, own["train"], own["held_out"], output), here, device, stop)
+        task = AutoencoderTask(settings, own["train"], own["held_out"], Path(own["output"]))
+        with checkpoint.lock(task.folder, settings.wait_minutes) if here.is_main else contextlib.nullcontext():
+            finished = train(task, here, device, stop)
     if not finished:
         sys.exit(distributed.STOPPED)
 

@@ -23,7 +23,7 @@ from sdtrain.config.load import (
     way_in,
 )
 from sdtrain.data import predicates
-from sdtrain.errors import ConfigError, SDTrainError, did_you_mean
+from sdtrain.errors import SDTrainError, did_you_mean
 from sdtrain.evaluation.registry import measured, metric_of
 
 
@@ -44,12 +44,17 @@ class Plan:
     def _read(self, function: Callable) -> Callable:
         @functools.cache
         def read(*args):
-            try:
+            with self._errors():
                 return function(*args)
-            except ConfigError as error:
-                raise self.error(str(error)) from None
 
         return read
+
+    @contextlib.contextmanager
+    def _errors(self, prefix: str = "") -> Iterator[None]:
+        try:
+            yield
+        except SDTrainError as error:
+            raise self.error(f"{prefix}{error}") from None
 
     def load_run(self, run: str) -> DictConfig:
         """Return the configuration of a run."""
@@ -72,24 +77,18 @@ class Plan:
         """Read every configuration that the run names, so that a mistake in one ends planning with its message."""
         run = self.load_run(self.run)
         for stage in run.stages:
-            with self._located(f"configs/{self.run}.yaml: dataset.params.filters"):
-                predicates.parse(self.load_stage(self.run, stage).dataset.params.filters)
+            filters = self.load_stage(self.run, stage).dataset.params.filters
+            with self._errors(f"configs/{self.run}.yaml: dataset.params.filters: "):
+                predicates.parse(filters)
         if run.data:
             data, where = self.load_data(run.data), f"configs/data/{run.data}.yaml"
-            with self._located(f"{where}: select.filters"):
+            with self._errors(f"{where}: select.filters: "):
                 predicates.parse(data.select.filters)
             if data.shards.path:
-                with self._located(where):
+                with self._errors(f"{where}: "):
                     check_existing(data.select)
         for name in self.components():
             self.load_component(name)
-
-    @contextlib.contextmanager
-    def _located(self, where: str) -> Iterator[None]:
-        try:
-            yield
-        except SDTrainError as error:
-            raise self.error(f"{where}: {error}") from None
 
     def slice_of(self, wildcards: Any) -> str:
         """Return the frozen slice of a step: the YAML text of the keys that decide its result."""

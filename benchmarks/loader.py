@@ -51,17 +51,18 @@ def draw_photo(seed: int) -> bytes:
 def write_shards(folder: Path) -> dict[str, str]:
     """Write one shard of JPEGs and one of latents. Return the paths of their manifests."""
     photos = [draw_photo(i) for i in range(8)]
+    paths = {kind: folder / f"{kind}.tar" for kind in ("images", "latents")}
     with (
-        tars.ShardWriter(folder / "images", IMAGES) as images,
-        tars.ShardWriter(folder / "latents", LATENTS) as lat,
+        tars.write_tar(paths["images"]) as add_image,
+        tars.write_tar(paths["latents"]) as add_latents,
     ):
         for i in range(IMAGES):
-            images.add(f"{i:05d}", {"jpg": photos[i % len(photos)], "txt": b"a caption"})
+            add_image(f"{i:05d}", {"jpg": photos[i % len(photos)], "txt": b"a caption"})
         for i in range(LATENTS):
-            lat.add(f"{i:05d}", {"latent": save({"latents": torch.randn(4, 32, 32).half()}), "txt": b"a caption"})
-    write_manifest(folder / "images.json", "images", images.paths, {}, {})
-    write_manifest(folder / "latents.json", "latents", lat.paths, {}, {})
-    return {"images": str(folder / "images.json"), "latents": str(folder / "latents.json"), "tar": str(images.paths[0])}
+            add_latents(f"{i:05d}", {"latent": save({"latents": torch.randn(4, 32, 32).half()}), "txt": b"a caption"})
+    for kind, path in paths.items():
+        write_manifest(folder / f"{kind}.json", kind, [path], {}, {})
+    return {"images": str(folder / "images.json"), "latents": str(folder / "latents.json"), "tar": str(paths["images"])}
 
 
 # ---------------------------------------------------------------- speed

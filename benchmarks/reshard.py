@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from webdataset import ShardWriter
 
 from sdtrain.config import schema_data
 from sdtrain.config.load import load_config
 from sdtrain.data.reshard import reshard
-from sdtrain.data.tars import ShardWriter
 from sdtrain.io.files import sha256_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,14 +28,15 @@ def write_shards(folder: Path, shards: int, samples: int, size: int) -> str:
     """Write shards of noise with LAION's metadata, half of them at 512 px or more. Return their paths as a glob."""
     rng = np.random.default_rng(0)
     noise = rng.bytes(2 * size)
-    with ShardWriter(folder, samples) as writer:
+    folder.mkdir()
+    with ShardWriter(f"{folder}/%05d.tar", maxcount=samples, verbose=0, encoder=False) as writer:
         for number in range(shards * samples):
             width = int(rng.choice([300, 700]))
             meta = {"original_width": width, "original_height": 512, "pwatermark": round(rng.random(), 3)}
             meta |= {"caption": f"a caption of a few words {number}", "url": f"https://example.org/{number}.jpg"}
             start = number % size
-            texts = {"txt": meta["caption"].encode(), "json": json.dumps(meta).encode()}
-            writer.add(f"{number:09d}", {"jpg": noise[start : start + size], **texts})
+            sample = {"__key__": f"{number:09d}", "jpg": noise[start : start + size]}
+            writer.write(sample | {"txt": meta["caption"].encode(), "json": json.dumps(meta).encode()})
     return f"{folder}/*.tar"
 
 

@@ -82,7 +82,7 @@ def test_damaged_shards_are_made_again_with_the_same_bytes(copy, built, server):
     tar, stats = folder / "00001.tar", folder / "download/00002_stats.json"
     tar.write_bytes(tar.read_bytes()[:2000])
     stats.write_text(stats.read_text()[:30])
-    for litter in ("ordered/00000.tar", "ordered/.00000.tar.tmp", "download/_tmp/1.feather", "download/00001.tar"):
+    for litter in (".00001.tar.tmp", "download/_tmp/1.feather", "download/00001.tar"):
         (folder / litter).parent.mkdir(exist_ok=True)
         (folder / litter).write_bytes(b"half")
     (copy.output.parent / ".manifest.rows.tmp").write_bytes(b"half")
@@ -95,7 +95,7 @@ def test_damaged_shards_are_made_again_with_the_same_bytes(copy, built, server):
     copy.run()
     assert downloads.content(copy.output) == downloads.content(built[0].output)
     assert sorted(Path(path).stem for path in server.asked) == list("456789"), "whole shards are left as they are"
-    assert not (folder / "ordered").exists() and not (folder / "download/_tmp").exists()
+    assert not (folder / ".00001.tar.tmp").exists() and not (folder / "download/_tmp").exists()
 
 
 def test_options_reach_img2dataset_and_lead_to_another_folder(copy, built, server):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sdtrain.config.fingerprint import fingerprint
 from sdtrain.data.img2dataset import Stats, count_reasons, img2dataset_options, read_stats, run_img2dataset
 from sdtrain.data.manifest import write_manifest
 from sdtrain.data.tables import Table
-from sdtrain.data.tars import ShardError, ShardWriter, index_tar
+from sdtrain.data.tars import ShardError, index_tar, write_tar
 from sdtrain.errors import ConfigError, SDTrainError, did_you_mean
 from sdtrain.io.files import hold_lock, sha256_file, temporary_path
 
@@ -156,16 +155,13 @@ def put_in_order(fresh: Path, target: Path, prefix: str) -> None:
     if not samples:
         target.unlink(missing_ok=True)
         return
-    ordered = target.parent / "ordered"
-    with ShardWriter(ordered, len(samples)) as writer:
+    with write_tar(target) as add:
         for sample in samples:
             fields = {extension: sample.read(extension) for extension in sorted(sample.fields)}
             key = prefix + sample.key
             if prefix:
                 fields["json"] = json.dumps(json.loads(fields["json"]) | {"key": key}, indent=4).encode()
-            writer.add(key, fields)
-    os.replace(writer.paths[0], target)
-    shutil.rmtree(ordered)
+            add(key, fields)
 
 
 def check_losses(folder: Path, rows: int, min_success_rate: float) -> dict[str, int]:

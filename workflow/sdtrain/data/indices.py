@@ -81,21 +81,17 @@ def write_index(path: str | Path, index: ShardIndex, facts: dict[str, Any] | Non
     Columns: key, begin, end, readable; offset:EXTENSION and size:EXTENSION; json:KEY of the samples' JSON.
     """
     assert index.metadata is not None
-    columns = [
-        (pa.field("key", pa.string()), pa.array(index.keys.tolist(), pa.string())),
-        (pa.field("begin", pa.int64()), pa.array(index.begin)),
-        (pa.field("end", pa.int64()), pa.array(index.end)),
-        (pa.field("readable", pa.bool_()), pa.array(index.readable)),
-    ]
+    keys = pa.array(index.keys.tolist(), pa.string())
+    table = pa.table({"key": keys, "begin": index.begin, "end": index.end, "readable": index.readable})
     for extension, spans in index.fields.items():
         for name, values in zip(("offset", "size"), spans.T, strict=True):
-            columns.append((pa.field(f"{name}:{extension}", pa.int64()), pa.array(np.ascontiguousarray(values))))
+            table = table.append_column(f"{name}:{extension}", pa.array(np.ascontiguousarray(values)))
     for field, column in zip(index.metadata.schema, index.metadata.columns, strict=True):
-        columns.append((field.with_name(f"json:{field.name}"), column))
+        table = table.append_column(field.with_name(f"json:{field.name}"), column)
     about = {"version": INDEX_VERSION, "samples": len(index)} | (facts or {})
-    schema = pa.schema([field for field, _ in columns], {"sdtrain": json.dumps(about, sort_keys=True)})
+    table = table.replace_schema_metadata({"sdtrain": json.dumps(about, sort_keys=True)})
     with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_arrays([c for _, c in columns], schema=schema), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def read_index(path: str | Path, shard: str, columns: Iterable[str] | None = None) -> ShardIndex:
@@ -118,10 +114,11 @@ def read_index(path: str | Path, shard: str, columns: Iterable[str] | None = Non
         raise ShardError(
             f"{path}: not a readable index of {shard} ({error}); delete it and index the shards again"
         ) from None
-    stored = table.select(present).rename_columns([name[5:] for name in present])
-    index = ShardIndex(shard, keys, begin, end, fields, stored, readable)
-    index.metadata = index.select(wanted)
-    return index
+    metadata = table.select(present).rename_columns([name[5:] for name in present])
+    for key in wanted:
+        if key not in metadata.column_names:
+            metadata = metadata.append_column(key, pa.nulls(len(table)))
+    return ShardIndex(shard, keys, begin, end, fields, metadata, readable)
 
 
 def read_facts(path: str | Path | None) -> dict[str, Any] | None:

@@ -194,7 +194,6 @@ def encode_shards(
         dataset,
         sampler=jobs,  # any iterable will do: its items are the dataset's keys
         batch_size=None,
-        collate_fn=_keep,  # type: ignore[arg-type]  # without batch_size it gets one item
         num_workers=settings.workers,
         worker_init_fn=use_one_thread,
     )
@@ -216,21 +215,18 @@ def write_shard(folder: Path, number: int, batches: Iterable[Batch], encoder: En
     tar, record = shard_paths(folder, number)
     samples, dropped = 0, Counter[str]()
     with tempfile.TemporaryDirectory(prefix=f".{tar.stem}-", dir=folder) as temporary:
-        with tars.ShardWriter(temporary, samples_per_shard=sys.maxsize) as writer:
+        fresh = Path(temporary) / tar.name
+        with tars.write_tar(fresh) as add:
             for batch in batches:
                 for key, members in encoder.samples(batch):
-                    writer.add(key, members)
+                    add(key, members)
                 for error in batch.lost:
                     print(f"skipped: {error}", file=sys.stderr)
                 samples, dropped = samples + len(batch.keys), dropped + batch.dropped
                 bar.update(len(batch.keys) + batch.dropped.total())
         if samples:
-            os.replace(writer.paths[0], tar)
+            os.replace(fresh, tar)
     write_json(record, {"samples": samples, "dropped": dict(sorted(dropped.items()))})
-
-
-def _keep(batch: Batch) -> Batch:
-    return batch
 
 
 # ---------------------------------------------------------------- all shards

@@ -1,4 +1,4 @@
-"""One tar shard: its samples, found without decoding, and a writer of shards of equal length."""
+"""One tar shard: its samples, found without decoding, and a writer of shards."""
 
 from __future__ import annotations
 
@@ -85,16 +85,6 @@ class ShardIndex(Sequence):
             None if self.metadata is None else self.metadata.take(pa.array(rows)),
             None if self.readable is None else self.readable[rows],
         )
-
-    def select(self, columns: Iterable[str]) -> pa.Table:
-        """Return these columns of the metadata; a key that no sample has gives a column of nulls."""
-        assert self.metadata is not None
-        pairs = []
-        for name in columns:
-            known = self.metadata.column_names.count(name)
-            field = self.metadata.schema.field(name) if known else pa.field(name, pa.null())
-            pairs.append((field, self.metadata[name] if known else pa.nulls(len(self))))
-        return pa.Table.from_arrays([c for _, c in pairs], schema=pa.schema([f for f, _ in pairs]))
 
 
 # ---------------------------------------------------------------- tar -> index
@@ -233,24 +223,3 @@ def write_tar(path: Path) -> Iterator[Callable[[str, dict[str, bytes]], None]]:
                 tar.write({"__key__": key, extension: data})
 
         yield add
-
-
-class ShardWriter(contextlib.ExitStack):
-    """Write samples to numbered tars of equal length, as a context. `paths` are the tars."""
-
-    def __init__(self, folder: str | Path, samples_per_shard: int):
-        super().__init__()
-        self.folder, self.samples_per_shard = Path(folder), samples_per_shard
-        self.paths: list[Path] = []
-        self._count = 0  # samples of the open tar
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, key: str, fields: dict[str, bytes]) -> None:
-        """Append one sample; a full tar gets its final name."""
-        if not self._count:
-            self.paths.append(self.folder / f"{len(self.paths):05d}.tar")
-            self._add = self.enter_context(write_tar(self.paths[-1]))
-        self._add(key, fields)
-        self._count = (self._count + 1) % self.samples_per_shard
-        if not self._count:
-            self.close()

@@ -39,7 +39,7 @@ def prepare(
     """
     factor = _needed(rng).uniform(*zoom) if zoom[0] != zoom[1] else zoom[0]
     short = max(resolution, round(resolution * factor))
-    image, size = _decode(data, short)
+    image, size = decode(data, short)
     scaled, left, top = _place(size, short, resolution, crop, rng)
     square = _cut(image, scaled, left, top, resolution)
     if flip and _needed(rng).random() < 0.5:
@@ -48,13 +48,24 @@ def prepare(
     return {"pixels": pixels, "original_size": torch.tensor(size[::-1]), "crop": torch.tensor((top, left))}
 
 
-def decode(data: bytes, at_least: int | None = None) -> Image.Image:
-    """Return the upright RGB image of a file's bytes. Raise ImageError if they cannot be decoded.
+def decode(data: bytes, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the upright RGB image of a file's bytes, and the file's own upright (width, height).
 
     With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time; its shorter side
-    then has at least 1.5 times `at_least` pixels.
+    then has at least 1.5 times `at_least` pixels. Raise ImageError for bytes that cannot be decoded.
     """
-    return _decode(data, at_least)[0]
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        turned = image.getexif().get(ORIENTATION) in TURNED
+        size = (image.height, image.width) if turned else image.size
+        if at_least:
+            side = math.ceil(at_least * ENOUGH)
+            image.draft(None, (side, side))
+        return to_rgb(image), size
+    except UnidentifiedImageError:
+        raise ImageError("undecodable image (unknown format)") from None
+    except Exception as error:  # PIL's parsers raise many kinds for damaged files
+        raise ImageError(f"undecodable image ({error})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -68,34 +79,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def resize_and_crop(
-    image: Image.Image, resolution: int, crop: str, rng: np.random.Generator | None, zoom: float = 1.0
-) -> Image.Image:
-    """Return the square of `resolution` pixels of an RGB image as `prepare` cuts it."""
-    short = max(resolution, round(resolution * zoom))
-    scaled, left, top = _place(image.size, short, resolution, crop, rng)
+def center_square(image: Image.Image, resolution: int) -> Image.Image:
+    """Return the central square of `resolution` pixels of an RGB image as `prepare` cuts it."""
+    scaled, left, top = _place(image.size, resolution, resolution, "center", None)
     return Image.fromarray(_cut(image, scaled, left, top, resolution).numpy())
 
 
 def _needed(rng: np.random.Generator | None) -> np.random.Generator:
     assert rng is not None, "random crops, flips and zooms need a random generator"
     return rng
-
-
-def _decode(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    """Return the image as `decode` does, and the file's own upright (width, height)."""
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        turned = image.getexif().get(ORIENTATION) in TURNED
-        size = (image.height, image.width) if turned else image.size
-        if at_least:
-            side = math.ceil(at_least * ENOUGH)
-            image.draft(None, (side, side))
-        return to_rgb(image), size
-    except UnidentifiedImageError:
-        raise ImageError("undecodable image (unknown format)") from None
-    except Exception as error:  # PIL's parsers raise many kinds for damaged files
-        raise ImageError(f"undecodable image ({error})") from None
 
 
 def _place(

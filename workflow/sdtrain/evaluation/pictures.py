@@ -73,7 +73,7 @@ def real_images(data: Path, captions: set[str], resolution: int) -> dict[str, st
 def real_image(data: bytes, resolution: int) -> str | None:
     """Return the data URI of an image as the training sees it, or None if it cannot be decoded."""
     try:
-        image = images.decode(data)
+        image, _ = images.decode(data)
     except images.ImageError:
         return None
-    return data_uri(images.resize_and_crop(image, resolution, "center", None))
+    return data_uri(images.center_square(image, resolution))

@@ -79,7 +79,7 @@ def write_table(table: Table, output: Path) -> int:
     if not (pa.types.is_string(url.type) or pa.types.is_large_string(url.type)):
         raise TableError(f"{table.path}: the column url holds {url.type}, expected texts; correct table.columns")
     with write_parquet(output, table.schema) as rows:
-        for source, batch in table.batches_by_file(label="fetch"):
+        for source, batch in table.batches(label="fetch"):
             rows.write(to_urls(batch, source))
         if rows.rows == 0:
             raise TableError(f"{table.path}: the table has no rows")

@@ -66,7 +66,7 @@ def judge(table: Table, predicates: Predicates, unique: str | None) -> tuple[pa.
     columns = list(dict.fromkeys([*predicates.columns, *([unique] if unique else []), *unsure]))
     _, yields = predicates.judge(table.schema.empty_table())
     masks, hashes, passed, without_url = [], [np.zeros(0, np.uint64)], 0, 0
-    for batch in table.batches(columns or ["url"], "filter"):
+    for _, batch in table.batches(columns or ["url"], "filter"):
         mask, counts = predicates.judge(batch)
         yields = add_yields(yields, counts)
         has_url = batch.column("url").is_valid().to_numpy() if unsure else np.ones(len(batch), bool)
@@ -118,7 +118,7 @@ def write_rows(
 ) -> dict[str, Any]:
     """Write the chosen rows to their split; return the expected bytes of each, and what the estimate is based on."""
     columns, row, sizes = find_size_columns(config.size, table.schema), 0, np.zeros((2, 2), np.int64)
-    for batch in table.batches(label="write"):
+    for _, batch in table.batches(label="write"):
         inside, outside = split(batch, chosen.slice(row, batch.num_rows), config.held_out)
         row += batch.num_rows
         for side, (writer, mask) in enumerate(((train, inside), (held_out, outside))):

@@ -161,7 +161,7 @@ class TableSource(Source):
         def write(path: Path) -> None:
             table = tables.Table(file, texts=[*self.columns.values(), *itertools.chain(*self.wanted.values())])
             _, needed = self._find_columns(file, table.schema.names)
-            _write_arrow(path, _blocks(table.batches(needed)), file)
+            _write_arrow(path, _blocks(batch for _, batch in table.batches(needed)), file)
 
         return LocalCache(self.folder / "kept").open(f"{file} {storage.version(file)} {self._needs()}", write)
 
@@ -203,7 +203,7 @@ def _open_parquet(file: str) -> pq.ParquetFile:
     return pq.ParquetFile(filesystem.open(path))
 
 
-def _blocks(batches: Iterator[pa.Table]) -> Iterator[pa.RecordBatch]:
+def _blocks(batches: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
     """Yield record batches of BLOCK_ROWS rows; the last may have fewer."""
     rest = None
     for table in batches:

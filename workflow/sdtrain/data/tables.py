@@ -44,18 +44,11 @@ class Table:
         fields = [self._reader.schema.field(theirs).with_name(ours) for ours, theirs in self._theirs.items()]
         self.schema = pa.schema(fields)
 
-    def batches(self, columns: list[str] | None = None, label: str | None = None) -> Iterator[pa.Table]:
-        """Yield the rows in order, at most 65,536 at a time.
+    def batches(self, columns: list[str] | None = None, label: str | None = None) -> Iterator[tuple[str, pa.Table]]:
+        """Yield the rows in order, at most 65,536 at a time, each batch with the file that it comes from.
 
         `columns` (names of ours) limits what is read. With a `label`, show a progress bar if it takes long.
         """
-        for _, batch in self.batches_by_file(columns, label):
-            yield batch
-
-    def batches_by_file(
-        self, columns: list[str] | None = None, label: str | None = None
-    ) -> Iterator[tuple[str, pa.Table]]:
-        """Yield what `batches` yields, each batch with the file that it comes from."""
         names = list(self._theirs) if columns is None else columns
         self.require(names)
         total, off = (None, True) if label is None else (self.count(), False)

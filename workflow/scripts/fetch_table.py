@@ -7,15 +7,16 @@ from demo.emoji import fetch_emoji
 
 from sdtrain.config import schema_data
 from sdtrain.config.cli import command_line
-from sdtrain.data.fetch import FORMS, fetch_table
+from sdtrain.data.fetch import FORMS
 from sdtrain.errors import one_line_errors
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
     config, own = command_line(argv, schema_data.TableConfig, __doc__, output=None)
+    forms = FORMS | {"emoji": fetch_emoji}
     with one_line_errors():
-        rows = fetch_table(config, Path(own["output"]), FORMS | {"emoji": fetch_emoji})
+        rows = forms[config.kind](config, Path(own["output"]))
     print(f"{own['output']}: {rows:,} rows")
 
 

@@ -17,6 +17,10 @@ from fetching import COMMIT, NOWHERE
 from pyarrow import csv
 from samples import kill_script
 
+from sdtrain.config import schema_data
+from sdtrain.config.keys import keys_of
+from sdtrain.data.fetch import FORMS
+
 # ---------------------------------------------------------------- files
 ROWS = pa.table(
     {"URL": ["https://example.org/a.jpg", "https://example.org/b.jpg"], "TEXT": ["a", "b"], "WIDTH": [1, 2]}
@@ -28,6 +32,10 @@ def parquet(table=ROWS) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
+
+
+def test_every_form_of_the_schema_is_in_the_registry_or_the_demo_and_no_other():
+    assert {*FORMS, "emoji"} == set(keys_of(schema_data.TableConfig)["kind"].choices)
 
 
 def test_files_become_one_table_under_our_names(fetcher, tmp_path):

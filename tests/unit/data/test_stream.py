@@ -298,11 +298,6 @@ fail()
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "SystemError: on purpose"
 
 
-def test_a_negative_prefetch_is_refused(dataset):
-    with pytest.raises(DataError, match=r"dataset\.params\.prefetch=-1: expected a number of batches"):
-        next(prefetched(loader.batches(dataset, 4), -1))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has use for page-locked memory")
 @pytest.mark.parametrize("count", [0, 2])
 def test_batches_are_pinned_if_asked(dataset, count):

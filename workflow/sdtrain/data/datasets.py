@@ -21,7 +21,6 @@ from sdtrain.data.order import Order, Recent
 from sdtrain.data.sources import DataError, Sample, Source
 from sdtrain.data.table_source import TableSource
 from sdtrain.data.tar_source import TarSource
-from sdtrain.errors import did_you_mean
 
 IMAGE = images.IMAGE_EXTENSIONS
 TABLE_COLUMNS = {"image": (*IMAGE, "image", "image_path", "path", "url"), "caption": ("txt", "caption", "text")}
@@ -258,8 +257,6 @@ FORMS: dict[str, Callable[[DictConfig, dict[str, Any]], PositionDataset]] = {
 def open_dataset(config: DictConfig, seed: int) -> PositionDataset:
     """Open the dataset of a stage's `dataset` section. Raise DataError for what cannot be opened."""
     params = config.params
-    if config.type not in FORMS:
-        raise DataError(f"dataset.type: no dataset form {config.type}{did_you_mean(config.type, FORMS)}")
     filters = dict(params.filters) if params.filters else None
     shared = {"filters": filters, "seed": seed, "window": params.window, "cache": params.cache}
     return FORMS[config.type](params, shared)

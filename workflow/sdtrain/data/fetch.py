@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,13 +22,6 @@ from sdtrain.io.files import atomic_path, sha256_file
 TIMEOUT = 30  # seconds without an answer
 SCHEME = "^[A-Za-z][A-Za-z0-9+.-]+:"  # how a URL begins
 Form = Callable[[DictConfig, Path], int]  # write the table of a configuration to a parquet file; return its rows
-
-
-def fetch_table(config: DictConfig, output: Path, forms: Mapping[str, Form]) -> int:
-    """Write the table that `config` (`table:` of a dataset) describes to `output`; return the number of rows."""
-    if config.kind not in forms:
-        raise ConfigError(f"table.kind: must be one of {', '.join(forms)}, got {config.kind!r}")
-    return forms[config.kind](config, output)
 
 
 def fetch_files(config: DictConfig, output: Path) -> int:

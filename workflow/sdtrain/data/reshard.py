@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +26,7 @@ from sdtrain.data.manifest import (
     write_manifest,
     write_rows,
 )
-from sdtrain.data.predicates import Predicates, add_yields, held_out_side, parse
+from sdtrain.data.predicates import add_yields, held_out_side, parse
 from sdtrain.data.tars import END, ShardError, ShardIndex, index_tar
 from sdtrain.data.yields import show_shards
 from sdtrain.errors import ConfigError
@@ -90,12 +90,20 @@ def read_source(row: dict, path: str, columns: list[str]) -> ShardIndex:
 
 # ---------------------------------------------------------------- choosing
 class Choice:
-    """Which samples of the source belong to a split. `dropped` counts the others by reason, `yields` by filter."""
+    """Which samples of the source belong to a split. `dropped` counts the others by reason, `yields` by filter.
+
+    Raise ConfigError for wrong settings. Where the held-out split has shards of its own, nothing of `path` is held out.
+    """
 
     def __init__(self, config: DictConfig, split: str):
-        self.predicates, self.held = check(config, split)
+        select, own = config.select, config.held_out_path
+        check_existing(select)
+        if split == "held_out" and not (own or select.held_out.fraction):
+            raise ConfigError(f"{NO_HELD_OUT}, or set select.held_out.fraction")
+        self.predicates = parse(select.filters)
+        self.held = select.held_out if select.held_out.fraction and not own else None
         self.split = split
-        self.path = config.held_out_path if split == "held_out" and config.held_out_path else config.path
+        self.path = own if split == "held_out" and own else config.path
         self.columns = list(dict.fromkeys([*self.predicates.columns, *([self.held.column] if self.held else [])]))
         self.made_by: dict[str, Any] = {"path": self.path, "filters": self.predicates.explain()}
         if self.held:
@@ -142,18 +150,6 @@ class Choice:
         return held_out_side(values, self.held.fraction, self.held.seed) == (self.split == "held_out")
 
 
-def check(config: DictConfig, split: str) -> tuple[Predicates, DictConfig | None]:
-    """Return the filters and the held-out rule, None if nothing is held out. Raise ConfigError for wrong settings.
-
-    Where the held-out split has shards of its own, nothing of `path` is held out.
-    """
-    select, held = config.select, config.select.held_out
-    check_existing(select)
-    if split == "held_out" and not (config.held_out_path or held.fraction):
-        raise ConfigError(f"{NO_HELD_OUT}, or set select.held_out.fraction")
-    return parse(select.filters), held if held.fraction and not config.held_out_path else None
-
-
 # ---------------------------------------------------------------- copying
 class ShardCopier:
     """Fill shards of equal length with whole samples of other tars, byte for byte, as a context.
@@ -166,7 +162,7 @@ class ShardCopier:
         self.paths: list[Path] = []
         self.samples = 0
         self._shard: ShardCopy | None = None
-        self._finished: list[Future] = []
+        self._finished: deque[Future] = deque()
         self._last: tuple[str, str] | None = None  # shard and key of the previous sample
         self._pool = ThreadPoolExecutor(THREADS)
 
@@ -179,8 +175,8 @@ class ShardCopier:
         if error[0] is None:
             self._finish()
         self._pool.shutdown(cancel_futures=error[0] is not None)
-        if error[0] is None:
-            wait(self._finished)
+        for future in self._finished if error[0] is None else []:
+            future.result()
 
     def add(self, path: str, index: ShardIndex, stays: bool = True) -> None:
         """Append the samples of an index of the local tar at `path`; copy them at once unless that tar stays."""
@@ -219,14 +215,8 @@ class ShardCopier:
         self._finished.append(self._pool.submit(self._shard.finish))
         self.paths.append(self._shard.path)
         self._shard = None
-        wait(self._finished[: -2 * THREADS])  # bounds the number of shards in progress
-        del self._finished[: -2 * THREADS]
-
-
-def wait(futures: list[Future]) -> None:
-    """Wait for all futures. Raise the first error."""
-    for future in futures:
-        future.result()
+        if len(self._finished) > 2 * THREADS:  # bounds the number of shards in progress
+            self._finished.popleft().result()
 
 
 class ShardCopy:

@@ -140,10 +140,8 @@ def prefetched(stream: Generator[dict], count: int = 2, pin: bool = False) -> Ge
 
     `pin` copies the tensors to page-locked memory. From the first batch on only the thread uses the stream and its
     dataset. Closing this generator waits for the batch in progress, then ends the thread, the stream and its worker
-    processes. With `count` 0 there is no thread. Raise DataError if `count` is negative.
+    processes. With `count` 0 there is no thread.
     """
-    if count < 0:
-        raise DataError(f"dataset.params.prefetch={count}: expected a number of batches, 0 for none")
     made = map(_pinned, stream) if pin else stream
     try:
         yield from _ahead(made, count, torch.cuda.current_device() if pin else None) if count else made

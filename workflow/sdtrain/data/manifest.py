@@ -162,11 +162,7 @@ def was_touched(shard: str, index: str | Path) -> bool:
 def in_threads(work: Callable, items: Sequence, label: str) -> list:
     """Return the results of `work` on each item, in order, with progress; the first error cancels the rest."""
     with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            return list(progress(pool.map(work, items), len(items), label))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        return list(progress(pool.map(work, items), len(items), label))
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterable:

@@ -153,11 +153,7 @@ def held_out_side(values: pa.ChunkedArray | Sequence[Any], fraction: float, seed
     if not fraction:
         return np.zeros(len(values), bool)
     values = values if isinstance(values, Sequence) else values.to_pylist()
-    texts = [f"{seed}:{value}" for value in values]
-    try:
-        encoded = [text.encode() for text in texts]
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    encoded = (f"{seed}:{value}".encode("utf-8", "surrogatepass") for value in values)  # JSON may hold half a pair
     digests = b"".join([hashlib.sha256(data).digest() for data in encoded])
     return np.frombuffer(digests, ">u8")[::4].astype(np.float64) / 2**64 < fraction  # the first 8 bytes of each
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import sys
 import threading
@@ -42,7 +43,7 @@ def batches(
     first, stride = start + rank * batch_size, world_size * batch_size
     loader = DataLoader(
         _ErrorItems(dataset),
-        batch_sampler=_Positions(first, stride, batch_size),
+        batch_sampler=(list(range(begin, begin + batch_size)) for begin in itertools.count(first, stride)),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=use_one_thread,
@@ -106,19 +107,6 @@ class _ErrorItems(Dataset):
             return self.dataset[position]
         except (DataError, ShardError) as error:
             return {"error": str(error)}
-
-
-class _Positions:
-    """Yield lists of stream positions, one a batch, without end."""
-
-    def __init__(self, first: int, stride: int, batch_size: int):
-        self.first, self.stride, self.batch_size = first, stride, batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self.first
-        while True:
-            yield list(range(position, position + self.batch_size))
-            position += self.stride
 
 
 def use_one_thread(worker: int) -> None:

@@ -1,4 +1,4 @@
-"""The base class of the errors that users are expected to meet, and the hint to a name that was probably meant."""
+"""The errors that users are expected to meet, and the hint to a name that was probably meant."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class SDTrainError(Exception):
 
 class ConfigError(SDTrainError, ValueError):
     """A configuration or an argument that cannot be used."""
+
+
+class DataError(SDTrainError, ValueError):
+    """Data, a shard or a manifest that cannot be used; the message names the file and the remedy."""
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from sdtrain.config.load import load_config
 from sdtrain.data import images
 from sdtrain.data.datasets import FORMS, ImageDataset, LatentDataset, open_dataset
 from sdtrain.data.manifest import write_manifest
-from sdtrain.data.sources import DataError
 from sdtrain.data.stream import batches
+from sdtrain.errors import DataError
 
 
 @pytest.fixture(scope="module")

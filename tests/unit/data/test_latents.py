@@ -25,6 +25,7 @@ from sdtrain.config.load import load_config
 from sdtrain.data import images, latents, tars
 from sdtrain.data.manifest import read_manifest, write_manifest
 from sdtrain.data.verify import find_faults
+from sdtrain.errors import DataError
 from sdtrain.models.parts import TextEncoding, encode_images, load_part
 
 script = load_script("precompute_latents")
@@ -184,7 +185,7 @@ def test_samples_without_a_caption_are_kept_out_and_counted(tiny_parts, tmp_path
 def test_a_class_is_no_caption(tiny_parts, tmp_path):
     key, fields = make_sample(0)
     manifest = image_manifest(tmp_path, [(key, {"jpg": fields["jpg"], "cls": b"3"})])
-    with pytest.raises(tars.ShardError, match=r"0\.tar: 000000000 has a class, cls, and no caption.*text_encoder"):
+    with pytest.raises(DataError, match=r"0\.tar: 000000000 has a class, cls, and no caption.*text_encoder"):
         run(tmp_path, manifest, tiny_parts / "vae", text=tiny_parts)
     assert run(tmp_path, manifest, tiny_parts / "vae")["samples"] == 1
     assert samples_of(tmp_path / "manifest.json")[0].read("cls") == b"3"
@@ -343,7 +344,7 @@ def test_undecodable_images_are_left_out_and_counted(tiny_parts, tmp_path, capsy
 
 def test_no_image_at_all_leaves_no_manifest(tiny_parts, tmp_path):
     manifest = image_manifest(tmp_path, [("1", {"jpg": b"nothing", "txt": b"a"})])
-    with pytest.raises(tars.ShardError, match="images.json: not one image could be encoded"):
+    with pytest.raises(DataError, match="images.json: not one image could be encoded"):
         run(tmp_path, manifest, tiny_parts / "vae")
     assert not (tmp_path / "manifest.json").exists()
 

@@ -15,8 +15,9 @@ from samples import make_sample, run_script, write_tar
 
 from sdtrain.data.indices import read_index
 from sdtrain.data.manifest import gather_manifests, read_manifest, write_manifest
-from sdtrain.data.tars import ShardError, index_tar
+from sdtrain.data.tars import index_tar
 from sdtrain.data.verify import find_faults
+from sdtrain.errors import DataError
 from sdtrain.io.files import sha256_file
 
 SAMPLES = [make_sample(n) for n in range(5)]
@@ -81,11 +82,11 @@ def test_missing_and_resized_shards_are_named(folder):
     manifest, tar = folder / "manifest.json", folder / "00001.tar"
     tar.write_bytes(tar.read_bytes() + b"\0")
     with pytest.raises(
-        ShardError, match=r"00001.tar: \d+ bytes, \d+ expected by .*manifest.json; delete it, then rebuild it"
+        DataError, match=r"00001.tar: \d+ bytes, \d+ expected by .*manifest.json; delete it, then rebuild it"
     ):
         read_manifest(manifest)
     tar.unlink()
-    with pytest.raises(ShardError, match="00001.tar: shard is missing, though .*manifest.json lists it; rebuild it"):
+    with pytest.raises(DataError, match="00001.tar: shard is missing, though .*manifest.json lists it; rebuild it"):
         read_manifest(manifest)
 
 
@@ -177,13 +178,13 @@ def test_an_empty_part_is_fine_but_nothing_at_all_is_not(tmp_path):
     write_manifest(tmp_path / "1-of-2.json", "images", [], {"filters": 7}, {"path": "x"})
     parts = [tmp_path / "0-of-2.json", tmp_path / "1-of-2.json"]
     assert gather_manifests(parts, tmp_path / "all.json")["samples"] == 1
-    with pytest.raises(ShardError, match="all.json: no sample in any of 1 partitions; dropped: filters 7"):
+    with pytest.raises(DataError, match="all.json: no sample in any of 1 partitions; dropped: filters 7"):
         gather_manifests(parts[1:], tmp_path / "all.json")
 
 
 def test_parts_of_two_kinds_are_not_gathered(tmp_path):
     write_parts(tmp_path, ("images", "latents"))
-    with pytest.raises(ShardError, match="1-of-2.json: holds latents, but .*0-of-2.json images; gather one kind"):
+    with pytest.raises(DataError, match="1-of-2.json: holds latents, but .*0-of-2.json images; gather one kind"):
         gather_manifests([tmp_path / "0-of-2.json", tmp_path / "1-of-2.json"], tmp_path / "all.json")
 
 
@@ -194,18 +195,18 @@ def test_parts_of_two_kinds_are_not_gathered(tmp_path):
 def test_what_is_no_manifest_is_refused(tmp_path, content):
     path = tmp_path / "manifest.json"
     path.write_text(content)
-    with pytest.raises(ShardError, match="manifest.json: not a shard manifest; delete it and make it again"):
+    with pytest.raises(DataError, match="manifest.json: not a shard manifest; delete it and make it again"):
         read_manifest(path)
 
 
 def test_an_absent_manifest_names_its_rule(tmp_path):
-    with pytest.raises(ShardError, match="no such manifest; make it with: snakemake .*absent.json"):
+    with pytest.raises(DataError, match="no such manifest; make it with: snakemake .*absent.json"):
         read_manifest(tmp_path / "absent.json")
 
 
 def test_a_manifest_of_a_broken_tar_is_not_written(tmp_path, tar):
     tar.write_bytes(tar.read_bytes()[:700])
-    with pytest.raises(ShardError):
+    with pytest.raises(DataError):
         write_manifest(tmp_path / "manifest.json", "images", [tar], {}, {})
     assert not (tmp_path / "manifest.json").exists()
 
@@ -216,7 +217,7 @@ def test_sums_are_sha256(tmp_path):
 
 
 def test_a_manifest_far_away_is_refused_with_a_remedy():
-    with pytest.raises(ShardError, match="s3://bucket/manifest.json: a manifest must be a local file; copy it here"):
+    with pytest.raises(DataError, match="s3://bucket/manifest.json: a manifest must be a local file; copy it here"):
         read_manifest("s3://bucket/manifest.json")
 
 

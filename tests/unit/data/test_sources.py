@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import SHARD_SIZES, draw, jpeg, make_sample, write_tar
 
-from sdtrain.data import predicates, table_source, tars
+from sdtrain.data import predicates, table_source
 from sdtrain.data.manifest import write_manifest
-from sdtrain.data.sources import DataError
 from sdtrain.data.table_source import TableSource
 from sdtrain.data.tar_source import TarSource
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 
 WANTED = {"image": ("jpg", "png"), "caption": ("txt",)}
@@ -100,7 +100,7 @@ def test_the_verdict_is_that_on_each_sample(tmp_path_factory, values):
 def test_a_malformed_filter_and_a_wrong_path_are_named(image_shards, tmp_path):
     with pytest.raises(DataError, match=r"^dataset\.params\.filters\.original_width: cannot parse the predicate '=>5'"):
         TarSource(str(image_shards / "manifest.json"), WANTED, {"original_width": "=>5"})
-    with pytest.raises(tars.ShardError, match="00003.tar: shard is missing"):
+    with pytest.raises(DataError, match="00003.tar: shard is missing"):
         TarSource(f"{image_shards}/{{00000..00003}}.tar", WANTED)
     with pytest.raises(DataError, match=r"dataset\.params\.path: .*no file matches"):
         TarSource(f"{tmp_path}/*.tar", WANTED)

@@ -20,8 +20,8 @@ from sdtrain.data import stream as loader
 from sdtrain.data import tar_source
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import write_manifest
-from sdtrain.data.sources import DataError
 from sdtrain.data.stream import prefetched
+from sdtrain.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from samples import make_sample, write_tar
 
 from sdtrain.data import predicates, tars
 from sdtrain.data.indices import read_facts, read_index, read_metadata, write_index
-from sdtrain.data.tars import ShardError, index_tar
+from sdtrain.data.tars import index_tar
+from sdtrain.errors import DataError
 
 SAMPLES = [make_sample(n) for n in range(5)]
 
@@ -68,7 +69,7 @@ def test_a_tar_cut_anywhere_is_refused(tar, tmp_path):
         whole + 511,
     }:
         cut.write_bytes(data[:length])
-        with pytest.raises(ShardError, match=r"cut\.tar: not a whole tar \(.*\); delete it and rebuild the shards"):
+        with pytest.raises(DataError, match=r"cut\.tar: not a whole tar \(.*\); delete it and rebuild the shards"):
             index_tar(cut)
     cut.write_bytes(data[: whole + 512])
     assert len(index_tar(cut)) == 5
@@ -81,7 +82,7 @@ def test_no_cut_loses_a_sample_silently(tmp_path_factory, length):
     tar.write_bytes(tar.read_bytes()[:length])
     try:
         assert len(index_tar(tar)) == 5
-    except ShardError:
+    except DataError:
         pass
 
 
@@ -90,7 +91,7 @@ def test_a_damaged_header_is_no_end(tar):
     header = index_tar(tar)[2].fields["jpg"][0] - 512
     data[header + 148] ^= 0xFF  # of its checksum
     tar.write_bytes(data)
-    with pytest.raises(ShardError, match="no end-of-archive mark after"):
+    with pytest.raises(DataError, match="no end-of-archive mark after"):
         index_tar(tar)
 
 
@@ -100,9 +101,9 @@ def test_foreign_and_missing_files_are_named(tmp_path):
         tar.addfile(tarfile.TarInfo("1.txt"))
     (tmp_path / "folder.tar").mkdir()
     for name in ("text.tar", "zipped.tar", "folder.tar"):
-        with pytest.raises(ShardError, match=f"{name}: not a whole tar"):
+        with pytest.raises(DataError, match=f"{name}: not a whole tar"):
             index_tar(tmp_path / name)
-    with pytest.raises(ShardError, match="absent.tar: shard is missing; rebuild it"):
+    with pytest.raises(DataError, match="absent.tar: shard is missing; rebuild it"):
         index_tar(tmp_path / "absent.tar")
 
 
@@ -188,7 +189,7 @@ def test_a_flipped_byte_never_shows_other_samples_than_tarfile_would(tmp_path_fa
     tar.write_bytes(content)
     try:
         found = [(s.key, s.fields) for s in index_tar(tar)]
-    except ShardError:
+    except DataError:
         return
     assert found == by_tarfile(tar)
 
@@ -315,7 +316,7 @@ def test_no_index_and_a_damaged_one_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     pq.write_table(pq.read_table(io.BytesIO(_table())), tmp_path / "b.parquet")
     for name in ("a", "b", "absent"):
-        with pytest.raises(ShardError, match=rf"{name}.parquet: not a readable index of x.tar .*index the shards"):
+        with pytest.raises(DataError, match=rf"{name}.parquet: not a readable index of x.tar .*index the shards"):
             read_index(tmp_path / f"{name}.parquet", "x.tar")
 
 

@@ -16,8 +16,8 @@ from sdtrain.config.fingerprint import fingerprint
 from sdtrain.data.img2dataset import Stats, count_reasons, img2dataset_options, read_stats, run_img2dataset
 from sdtrain.data.manifest import write_manifest
 from sdtrain.data.tables import Table
-from sdtrain.data.tars import ShardError, index_tar, write_tar
-from sdtrain.errors import ConfigError, SDTrainError, did_you_mean
+from sdtrain.data.tars import index_tar, write_tar
+from sdtrain.errors import ConfigError, DataError, SDTrainError, did_you_mean
 from sdtrain.io.files import hold_lock, sha256_file, temporary_path
 
 CONTENT = "image_size resize_mode samples_per_shard encode_quality encode_format skip_reencode min_image_size".split()
@@ -128,10 +128,10 @@ def forget_damaged(folder: Path) -> None:
         fresh = folder / f"download/{name}.tar"
         try:
             if name not in stats:
-                raise ShardError
+                raise DataError
             if stats[name]["successes"] or fresh.exists():
                 index_tar(fresh if fresh.exists() else folder / f"{name}.tar")
-        except ShardError:
+        except DataError:
             forget(folder, name)
 
 

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from sdtrain.data import images
 from sdtrain.data.manifest import read_manifest
 from sdtrain.data.order import Order, Recent
-from sdtrain.data.sources import DataError, Sample, Source
+from sdtrain.data.sources import Sample, Source
 from sdtrain.data.table_source import TableSource
 from sdtrain.data.tar_source import TarSource
+from sdtrain.errors import DataError
 
 IMAGE = images.IMAGE_EXTENSIONS
 TABLE_COLUMNS = {"image": (*IMAGE, "image", "image_path", "path", "url"), "caption": ("txt", "caption", "text")}

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.data.tars import ShardError, ShardIndex
+from sdtrain.data.tars import ShardIndex
+from sdtrain.errors import DataError
 from sdtrain.io.files import atomic_path
 
 INDEX = ".index.parquet"  # {number}.parquet is img2dataset's
@@ -97,7 +98,7 @@ def write_index(path: str | Path, index: ShardIndex, facts: dict[str, Any] | Non
 def read_index(path: str | Path, shard: str, columns: Iterable[str] | None = None) -> ShardIndex:
     """Return the index at `path` of the tar at `shard`, with all of its metadata or only the keys in `columns`.
 
-    A key that no sample has gives a column of nulls. Raise ShardError for an index that is missing or damaged.
+    A key that no sample has gives a column of nulls. Raise DataError for an index that is missing or damaged.
     """
     try:
         file = pq.ParquetFile(path)
@@ -111,7 +112,7 @@ def read_index(path: str | Path, shard: str, columns: Iterable[str] | None = Non
         extensions = [name[7:] for name in own if name.startswith("offset:")]
         fields = {e: np.stack([table[f"{part}:{e}"].to_numpy() for part in ("offset", "size")], 1) for e in extensions}
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise ShardError(
+        raise DataError(
             f"{path}: not a readable index of {shard} ({error}); delete it and index the shards again"
         ) from None
     metadata = table.select(present).rename_columns([name[5:] for name in present])

@@ -36,6 +36,7 @@ from sdtrain.data.indices import read_index
 from sdtrain.data.latent_checks import compare, find_warnings, measure
 from sdtrain.data.manifest import read_manifest, write_manifest
 from sdtrain.data.stream import use_one_thread
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 from sdtrain.io.cache import LocalCache
 from sdtrain.io.files import atomic_path, read_json, sha256_file, write_json
@@ -80,7 +81,7 @@ def plan_jobs(source: dict, numbers: list[int], batch_size: int, captions: bool,
             elif captions and "txt" not in sample.fields:
                 if "cls" in sample.fields:
                     remedy = "leave out text_encoder= (latents.text_encoder)"
-                    raise tars.ShardError(f"{path}: {sample.key} has a class, cls, and no caption to encode; {remedy}")
+                    raise DataError(f"{path}: {sample.key} has a class, cls, and no caption to encode; {remedy}")
                 dropped["no caption"] += 1
             else:
                 kept.append((i, sample))
@@ -288,10 +289,10 @@ def finish(
     samples = sum(r["samples"] for r in records.values())
     dropped = sum((Counter(r["dropped"]) for r in records.values()), Counter[str]())
     if not samples:
-        raise tars.ShardError(f"{manifest}: not one image could be encoded ({dict(dropped)}); see the lines above")
+        raise DataError(f"{manifest}: not one image could be encoded ({dict(dropped)}); see the lines above")
     if samples + dropped.total() != source["samples"]:
         found = f"{samples:,} samples and {dropped.total():,} dropped, {source['samples']:,} expected"
-        raise tars.ShardError(f"{manifest}: {found}; its shards changed after it was written: verify it")
+        raise DataError(f"{manifest}: {found}; its shards changed after it was written: verify it")
     full = [n for n, record in records.items() if record["samples"]]
     made = [shard_paths(folder, n)[0] for n in full]
     jobs = plan_jobs(source, full[:1], 1, encoder.text is not None, LocalCache(folder / ".fetched"))

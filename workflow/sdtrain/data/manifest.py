@@ -19,7 +19,8 @@ from tqdm import tqdm
 from sdtrain.config.fingerprint import code_digest, fingerprint
 from sdtrain.data.indices import INDEX, INDEX_VERSION, read_facts, read_metadata, write_index
 from sdtrain.data.predicates import add_yields
-from sdtrain.data.tars import ShardError, ShardIndex, index_tar
+from sdtrain.data.tars import ShardIndex, index_tar
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 from sdtrain.io.cache import short_digest
 from sdtrain.io.files import sha256_file, write_json
@@ -80,7 +81,7 @@ def shardlist(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def gather_manifests(paths: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
-    """Write one manifest of the shards of several at `output`, and return it. Raise ShardError if kinds differ.
+    """Write one manifest of the shards of several at `output`, and return it. Raise DataError if kinds differ.
 
     `made_by` holds what the partitions have in common; dropped samples and yields are added up.
     """
@@ -88,7 +89,7 @@ def gather_manifests(paths: Sequence[str | Path], output: str | Path) -> dict[st
     kind, folder = parts[0]["kind"], Path(output).parent
     for path, part in zip(paths, parts, strict=True):
         if part["kind"] != kind:
-            raise ShardError(f"{path}: holds {part['kind']}, but {paths[0]} {kind}; gather one kind at a time")
+            raise DataError(f"{path}: holds {part['kind']}, but {paths[0]} {kind}; gather one kind at a time")
     rows = [
         {"part": os.path.relpath(path, folder), **row}
         for path, part in zip(paths, parts, strict=True)
@@ -99,7 +100,7 @@ def gather_manifests(paths: Sequence[str | Path], output: str | Path) -> dict[st
     yields = functools.reduce(add_yields, (part["yields"] for part in parts if part.get("yields")), None)
     if not rows or not any(row["samples"] for row in rows):
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()) or "nothing"
-        raise ShardError(f"{output}: no sample in any of {len(parts)} partitions; dropped: {reasons}; loosen filters")
+        raise DataError(f"{output}: no sample in any of {len(parts)} partitions; dropped: {reasons}; loosen filters")
     return write_rows(output, kind, rows, dict(dropped), made_by, {"yields": yields} if yields else {})
 
 
@@ -175,28 +176,28 @@ def progress(items: Iterable, total: int, label: str) -> Iterable:
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Read a manifest; add to each shard's row "path", where it lies, and "index_path" (None: it has no index).
 
-    Raise ShardError if a local shard is missing or has another size.
+    Raise DataError if a local shard is missing or has another size.
     """
     manifest = load_manifest(path)
     for row in manifest["shards"]:
         if fault := size_fault(row, path):
-            raise ShardError(fault)
+            raise DataError(fault)
     return manifest
 
 
 def load_manifest(path: str | Path) -> dict[str, Any]:
     """Read a manifest as `read_manifest` does, without a look at the shards."""
     if not storage.is_local(str(path)):
-        raise ShardError(f"{path}: a manifest must be a local file; copy it here, its shards may stay where they are")
+        raise DataError(f"{path}: a manifest must be a local file; copy it here, its shards may stay where they are")
     try:
         manifest = json.loads(Path(path).read_text())
         rows = manifest["shards"]
         if any({"name", "bytes", "sha256", "samples"} - set(row) for row in rows):
             raise ValueError
     except FileNotFoundError:
-        raise ShardError(f"{path}: no such manifest; make it with: snakemake {path}") from None
+        raise DataError(f"{path}: no such manifest; make it with: snakemake {path}") from None
     except (ValueError, KeyError, TypeError):
-        raise ShardError(f"{path}: not a shard manifest; delete it and make it again") from None
+        raise DataError(f"{path}: not a shard manifest; delete it and make it again") from None
     folder = os.path.dirname(path)
     for row in rows:
         local = storage.is_local(row["name"])
@@ -234,7 +235,7 @@ def has_index_beside(row: dict) -> bool:
 def find_shards(path: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """Return the shards of one partition: a manifest's, or those named by brace notation, globs and addresses.
 
-    For shards without a manifest, rows hold only "path" and "index_path". Raise ShardError if a shard is named twice,
+    For shards without a manifest, rows hold only "path" and "index_path". Raise DataError if a shard is named twice,
     StorageError if there is none.
     """
     if path.endswith(".json") and storage.is_local(path):
@@ -244,14 +245,14 @@ def find_shards(path: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
     rows = manifest["shards"]
     twice = [name for name, count in Counter(row["path"] for row in rows).items() if count > 1]
     if twice:
-        raise ShardError(f"{path}: names {twice[0]} more than once; its samples would count twice")
+        raise DataError(f"{path}: names {twice[0]} more than once; its samples would count twice")
     return manifest | {"shards": rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]}
 
 
 def read_part(part: str, parts: str) -> tuple[int, int]:
-    """Return a command's part= and parts= as numbers. Raise ShardError unless 0 <= part < parts."""
+    """Return a command's part= and parts= as numbers. Raise DataError unless 0 <= part < parts."""
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ShardError(f"part={part} parts={parts}: expected a part from 0 to parts - 1, such as part=0 parts=4")
+        raise DataError(f"part={part} parts={parts}: expected a part from 0 to parts - 1, such as part=0 parts=4")
     return int(part), int(parts)
 
 

@@ -27,9 +27,9 @@ from sdtrain.data.manifest import (
     write_rows,
 )
 from sdtrain.data.predicates import add_yields, held_out_side, parse
-from sdtrain.data.tars import END, ShardError, ShardIndex, index_tar
+from sdtrain.data.tars import END, ShardIndex, index_tar
 from sdtrain.data.yields import show_shards
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, DataError
 from sdtrain.io import storage
 from sdtrain.io.files import hold_lock, temporary_path
 
@@ -41,12 +41,12 @@ def index_shards(config: DictConfig, split: str, part: int, parts: int, output: 
     """Write the manifest of one partition of existing shards, and return it.
 
     Shards that a manifest describes are not read again. Raise ConfigError for settings that shards do not support,
-    ShardError for a split without shards and for a shard that is not whole.
+    DataError for a split without shards and for a shard that is not whole.
     """
     check_existing(config.select)
     path = config.path if split == "train" else config.held_out_path
     if not path:
-        raise ShardError(NO_HELD_OUT)
+        raise DataError(NO_HELD_OUT)
     found = find_shards(path, part, parts)
     made_by = {"path": path}  # without the partition: the indices of all partitions share a folder
     if all(row["index_path"] for row in found["shards"]):
@@ -74,7 +74,7 @@ def reshard(config: DictConfig, split: str, part: int, parts: int, output: str) 
         dropped, yields = dict(choice.dropped), {"yields": choice.yields} if choice.yields else {}
         if parts == 1 and not copier.samples:
             shown = show_shards({"samples": 0, "dropped": dropped, **yields})
-            raise ShardError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{shown}")
+            raise DataError(f"{choice.path}: no sample is left for {split}; loosen the filters\n{shown}")
         return write_manifest(output, source["kind"], copier.paths, dropped, made_by, **yields)
 
 
@@ -194,7 +194,7 @@ class ShardCopier:
                 self._finish()
 
     def _check_neighbours(self, index: ShardIndex) -> None:
-        """Raise ShardError if two samples that become neighbours have the same key: they would be read as one."""
+        """Raise DataError if two samples that become neighbours have the same key: they would be read as one."""
         if not len(index):
             return
         twice = np.flatnonzero(index.keys[1:] == index.keys[:-1])
@@ -203,7 +203,7 @@ class ShardCopier:
             key = str(index.keys[twice[0]])
             self._last = (shard, key)
         if self._last and self._last[1] == key:
-            raise ShardError(
+            raise DataError(
                 f"{shard}: sample {key} would be the neighbour of a sample of the same key from {self._last[0]}, "
                 "and both be read as one; rename the keys of one of them"
             )
@@ -281,7 +281,7 @@ def read_ranges(path: str, ranges: list[tuple[int, int]], buffer: memoryview) ->
             while begin < end:
                 count = file.readinto(buffer[filled : filled + end - begin])
                 if not count:
-                    raise ShardError(f"{path}: ends at {begin}, in mid-sample; it changed while it was read")
+                    raise DataError(f"{path}: ends at {begin}, in mid-sample; it changed while it was read")
                 begin, filled = begin + count, filled + count
                 if filled == len(buffer):
                     yield buffer

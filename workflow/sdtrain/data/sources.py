@@ -17,16 +17,12 @@ import pyarrow as pa
 
 from sdtrain.data import predicates
 from sdtrain.data.manifest import THREADS
-from sdtrain.errors import SDTrainError
+from sdtrain.errors import DataError
 from sdtrain.io.cache import short_digest
 
 PENDING = 64  # shards that are submitted for counting at once: a longer queue would take much memory
 
 Wanted = Mapping[str, Sequence[str]]  # our name of a field -> the names it may have; the first one present counts
-
-
-class DataError(SDTrainError, ValueError):
-    """Data that cannot be trained on; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)

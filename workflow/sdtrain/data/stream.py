@@ -15,8 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sdtrain.data.datasets import PositionDataset
-from sdtrain.data.sources import DataError
-from sdtrain.data.tars import ShardError
+from sdtrain.errors import DataError
 
 TRIES = 100  # consecutive unreadable samples that end the training
 
@@ -105,7 +104,7 @@ class _ErrorItems(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         try:
             return self.dataset[position]
-        except (DataError, ShardError) as error:
+        except DataError as error:
             return {"error": str(error)}
 
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.data import formats, tables
-from sdtrain.data.sources import DataError, Shard, Source, Wanted
-from sdtrain.errors import did_you_mean
+from sdtrain.data.sources import Shard, Source, Wanted
+from sdtrain.errors import DataError, did_you_mean
 from sdtrain.io import storage
 from sdtrain.io.cache import LocalCache
 

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from sdtrain.data.indices import INDEX, INDEX_VERSION, read_facts, read_index
 from sdtrain.data.manifest import describe_shard, read_manifest
-from sdtrain.data.sources import DataError, Shard, Source, Wanted
-from sdtrain.data.tars import ShardError, ShardIndex
+from sdtrain.data.sources import Shard, Source, Wanted
+from sdtrain.data.tars import ShardIndex
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 from sdtrain.io.cache import LocalCache, exclusive, short_digest
 
@@ -164,7 +165,7 @@ class TarSource(Source):
                 elif not self._fits(index, address):
                     with self.copies.fetch(address) as file:
                         describe_shard(f"/proc/self/fd/{file.fileno()}", index)
-            except (ShardError, storage.StorageError) as error:
+            except (DataError, storage.StorageError) as error:
                 raise DataError(str(error) if address in str(error) else f"{address}: {error}") from None
         return index
 
@@ -193,5 +194,5 @@ def _expand(path: str) -> list[str]:
         raise DataError(f"dataset.params.path: {error}") from None
     for address in addresses:
         if storage.is_local(address) and not os.path.isfile(address):
-            raise ShardError(f"{address}: shard is missing; rebuild it, or correct the path")
+            raise DataError(f"{address}: shard is missing; rebuild it, or correct the path")
     return addresses

@@ -14,17 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sdtrain.errors import SDTrainError
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 from sdtrain.io.files import atomic_path
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(BLOCK)
 WINDOW = 8 * BLOCK  # bytes read at once: small members and the headers after them
-
-
-class ShardError(SDTrainError, ValueError):
-    """Shards or a manifest that cannot be used; the message names the file and the remedy."""
 
 
 # ---------------------------------------------------------------- samples and their index
@@ -95,7 +91,7 @@ def index_tar(path: str | Path, shard: str | None = None) -> ShardIndex:
     """Return the samples of a local tar in order, without metadata, with `shard` (default: the path) as their address.
 
     Consecutive members with the same name before the first dot are a sample (the WebDataset format). Bytes of a name
-    that are not UTF-8 are read as \\xff. Raise ShardError for a file that is missing, truncated or no tar.
+    that are not UTF-8 are read as \\xff. Raise DataError for a file that is missing, truncated or no tar.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -104,9 +100,9 @@ def index_tar(path: str | Path, shard: str | None = None) -> ShardIndex:
         if members is None:
             members = list(_scan_with_tarfile(path, size))
     except FileNotFoundError:
-        raise ShardError(f"{path}: shard is missing; rebuild it, or correct the path") from None
+        raise DataError(f"{path}: shard is missing; rebuild it, or correct the path") from None
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise ShardError(f"{path}: not a whole tar ({error}); delete it and rebuild the shards") from None
+        raise DataError(f"{path}: not a whole tar ({error}); delete it and rebuild the shards") from None
     return _group(str(path) if shard is None else shard, members)
 
 

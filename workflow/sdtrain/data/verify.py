@@ -11,7 +11,8 @@ from pathlib import Path
 from sdtrain.config.fingerprint import fingerprint
 from sdtrain.data.indices import read_index
 from sdtrain.data.manifest import has_index_beside, in_threads, load_manifest, remedy, shardlist, size_fault
-from sdtrain.data.tars import ShardError, index_tar
+from sdtrain.data.tars import index_tar
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 from sdtrain.io.files import sha256_file
 
@@ -23,7 +24,7 @@ def find_faults(path: str | Path) -> list[str]:
     """
     try:
         manifest = load_manifest(path)
-    except ShardError as error:
+    except DataError as error:
         return [str(error)]
     rows = manifest["shards"]
     found = in_threads(lambda row: list(_shard_faults(row, path)), rows, "verify")
@@ -75,10 +76,10 @@ def _content_faults(row: dict, manifest: str | Path) -> Iterator[str]:
             count = f"{len(found)} samples, {row['samples']} expected by {manifest}"
             yield f"{shard}: {count}; {remedy(row, manifest, shard)}"
         elif index and os.path.isfile(index):
-            with contextlib.suppress(ShardError):  # a damaged index is found by its own digest
+            with contextlib.suppress(DataError):  # a damaged index is found by its own digest
                 if read_index(index, shard, ()) != found:
                     yield f"{index}: does not fit the samples of {shard}; {remedy(row, manifest, index)}"
-    except (ShardError, storage.StorageError) as error:
+    except (DataError, storage.StorageError) as error:
         yield str(error)
 
 
@@ -90,7 +91,7 @@ def _foreign_shards(rows: list[dict], manifest: str | Path) -> Iterator[str]:
         for tar in sorted(Path(folder).glob("*.tar")):
             if os.path.abspath(tar) in listed:
                 continue
-            with contextlib.suppress(ShardError):
+            with contextlib.suppress(DataError):
                 if not index_tar(tar):
                     continue  # img2dataset leaves an empty tar where every download failed
             yield f"{tar}: foreign shard, not listed in {manifest}; {remedy(row, manifest, tar)}"

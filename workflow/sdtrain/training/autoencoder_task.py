@@ -18,8 +18,7 @@ from sdtrain.config import schema
 from sdtrain.config.fingerprint import differences, record_fingerprint
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest
-from sdtrain.data.sources import DataError
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, DataError
 from sdtrain.io.files import atomic_path, read_json, replace_folder, temporary_path, write_json
 from sdtrain.models import autoencoder, feature_networks
 from sdtrain.models.pipeline import grid

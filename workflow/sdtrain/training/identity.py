@@ -17,7 +17,7 @@ from sdtrain.config.fingerprint import (
     versions,
 )
 from sdtrain.data.manifest import read_manifest
-from sdtrain.data.sources import DataError
+from sdtrain.errors import DataError
 from sdtrain.io import storage
 from sdtrain.io.files import read_json, write_json
 from sdtrain.models.parts import PARTS, ModelError

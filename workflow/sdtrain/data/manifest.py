@@ -232,7 +232,7 @@ def has_index_beside(row: dict) -> bool:
     return os.path.dirname(row["index_path"]) == os.path.dirname(row["path"])
 
 
-def find_shards(path: str, part: int = 0, parts: int = 1) -> dict[str, Any]:
+def find_shards(path: str, part: int, parts: int) -> dict[str, Any]:
     """Return the shards of one partition: a manifest's, or those named by brace notation, globs and addresses.
 
     For shards without a manifest, rows hold only "path" and "index_path". Raise DataError if a shard is named twice,

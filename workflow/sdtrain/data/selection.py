@@ -125,11 +125,7 @@ def write_rows(
             rows = batch.filter(pa.array(mask))
             writer.write(rows)
             sizes[side] += measure(rows, columns)
-    expected = [expected_bytes(known, unknown, columns, config.size) for known, unknown in sizes.tolist()]
-    return {
-        "bytes": dict(zip(("train", "held_out"), expected, strict=True)),
-        "size_from": size_source(columns, config.size),
-    }
+    return estimate_bytes(sizes, columns, config.size)
 
 
 def split(batch: pa.Table, chosen: pa.BooleanArray, held: DictConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -157,17 +153,16 @@ def measure(table: pa.Table, columns: list[str]) -> np.ndarray:
     return np.array([product[known].astype(np.int64).sum(), np.count_nonzero(~known)])
 
 
-def expected_bytes(known: int, unknown: int, columns: list[str], size: DictConfig) -> int:
-    """Return the expected bytes of all files, from the two counts of `measure`."""
-    bytes_each = size.bytes_per_pixel if len(columns) == 2 else 1
-    return round(known * bytes_each + unknown * size.bytes_per_image)
-
-
-def size_source(columns: list[str], size: DictConfig) -> str:
-    """Return in words what the sizes are estimated from."""
+def estimate_bytes(sizes: np.ndarray, columns: list[str], size: DictConfig) -> dict[str, Any]:
+    """Return the expected bytes of all files of each split, from its counts of `measure`, and in words their source."""
     if len(columns) == 2:
-        return f"{columns[0]} x {columns[1]} x {size.bytes_per_pixel:g} bytes a pixel"
-    return columns[0] if columns else f"{size.bytes_per_image:,} bytes an image"
+        bytes_each = size.bytes_per_pixel
+        source = f"{columns[0]} x {columns[1]} x {bytes_each:g} bytes a pixel"
+    else:
+        bytes_each = 1
+        source = columns[0] if columns else f"{size.bytes_per_image:,} bytes an image"
+    train, held_out = (round(known * bytes_each + unknown * size.bytes_per_image) for known, unknown in sizes.tolist())
+    return {"bytes": {"train": train, "held_out": held_out}, "size_from": source}
 
 
 def check_result(result: dict[str, Any], held: DictConfig) -> None:

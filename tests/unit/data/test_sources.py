@@ -31,12 +31,17 @@ COLUMNS = {"image": ("jpg", "image", "path", "url"), "caption": ("txt", "caption
 
 
 def keys(source) -> list[str]:
-    return [sample.key for number in range(source.shards) for sample in source.load(number)]
+    shards = [source.load(number) for number in range(source.shards)]
+    return [shard.key(row) for shard in shards for row in range(len(shard))]
 
 
 def read_all(source) -> list[tuple[bytes, bytes]]:
-    fields = [sample.read() for number in range(source.shards) for sample in source.load(number)]
+    fields = [fields for number in range(source.shards) for fields in read_shard(source.load(number))]
     return [(field["image"], field["caption"]) for field in fields]
+
+
+def read_shard(shard) -> list[dict[str, bytes]]:
+    return [shard.read(row) for row in range(len(shard))]
 
 
 def total(source) -> int:
@@ -73,7 +78,7 @@ def test_of_alternatives_the_first_that_a_sample_has_is_read(tmp_path):
     fields = [{"png": b"p", "jpg": b"j"}, {"png": b"p"}, {"webp": b"w"}, {"gif": b"g"}]
     path = write_tar(tmp_path / "a.tar", [(str(n), f) for n, f in enumerate(fields)])
     source = TarSource(str(path), {"image": ("jpg", "png", "webp")}, cache=str(tmp_path / "c"))
-    assert [sample.read() for sample in source.load(0)] == [{"image": b"j"}, {"image": b"p"}, {"image": b"w"}]
+    assert read_shard(source.load(0)) == [{"image": b"j"}, {"image": b"p"}, {"image": b"w"}]
 
 
 def test_a_key_that_a_shard_lacks_counts_as_null(image_shards):
@@ -204,10 +209,10 @@ def test_a_shard_that_changed_is_indexed_anew(tmp_path):
 
 def test_a_damaged_or_shortened_shard_is_named(tmp_path, serve):
     tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(3)])
-    sample = TarSource(str(tar), WANTED, cache=str(tmp_path / "c")).load(0)[2]
-    os.truncate(tar, sample.shard.spans["caption"][2, 0])
+    shard = TarSource(str(tar), WANTED, cache=str(tmp_path / "c")).load(0)
+    os.truncate(tar, shard.spans["caption"][2, 0])
     with pytest.raises(DataError, match=r"a.tar: cut off before byte \d+"):
-        sample.read()
+        shard.read(2)
     for path in (str(tar), f"{serve(tmp_path)}/a.tar", f"pipe:cat {tar}"):
         with pytest.raises(DataError, match=r"a.tar: .*not a whole tar"):
             total(TarSource(path, WANTED, cache=str(tmp_path / "d")))
@@ -226,7 +231,7 @@ def test_behind_a_command_copies_are_bounded_and_come_again(tmp_path):
     copies = [p for p in tmp_path.glob("c/*/passing/*") if not p.suffix]
     assert len(copies) == 4  # of two windows
     assert total(TarSource(path, WANTED, cache=str(tmp_path / "c"), window=2)) == 21 and log.read_text().count("x") == 7
-    assert loaded[0][1].read()["image"] == make_sample(1)[1]["jpg"] and log.read_text().count("x") == 8
+    assert loaded[0].read(1)["image"] == make_sample(1)[1]["jpg"] and log.read_text().count("x") == 8
 
 
 def read_at_random(path: str, cache: str, seed: int) -> None:
@@ -234,7 +239,7 @@ def read_at_random(path: str, cache: str, seed: int) -> None:
     truth = TarSource(path.removeprefix("pipe:cat "), WANTED, cache=cache)
     loaded, local = ([s.load(number) for number in range(s.shards)] for s in (source, truth))
     for number in np.random.default_rng(seed).integers(len(loaded), size=150):
-        assert loaded[number][0].read() == local[number][0].read()
+        assert loaded[number].read(0) == local[number].read(0)
 
 
 def test_processes_that_share_a_small_cache_lose_nothing(tmp_path):
@@ -261,12 +266,12 @@ def test_a_shard_of_a_web_server_that_changed_is_indexed_anew(tmp_path, serve):
 def test_a_command_whose_shard_changed_ends_the_run_and_is_indexed_by_the_next(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(3)])
     path, cache = f"pipe:cat {tar}", str(tmp_path / "c")
-    sample = TarSource(path, WANTED, cache=cache).load(0)[0]
+    shard = TarSource(path, WANTED, cache=cache).load(0)
     write_tar(tar, [make_sample(n) for n in range(10, 35)])
     for copy in tmp_path.glob("c/*/passing/*"):
         copy.unlink()
     with pytest.raises(DataError, match=r"a.tar: the source has changed: .*; delete .*c/"):
-        sample.read()
+        shard.read(0)
     assert [int(key) for key in keys(TarSource(path, WANTED, cache=cache))] == list(range(10, 35))
 
 
@@ -339,10 +344,10 @@ def test_structs_of_the_hub_hold_bytes_or_paths(tmp_path):
     ]
     path = write_parquet(tmp_path / "a.parquet", {"image": images, "text": ["a", "b", "c", "d"]})
     source = TableSource(path, COLUMNS, columns={"caption": "text"}, cache=str(tmp_path / "c"))
-    one, two, three = source.load(0)
-    assert (one.read()["image"], two.read()["image"]) == (data[0], data[1]) and two.read("caption") == {"caption": b"b"}
+    shard = source.load(0)
+    assert [fields["image"] for fields in read_shard(shard)] == [data[0], data[1], b""]  # the last is undecodable
+    assert shard.read(1, ["caption"]) == {"caption": b"b"}
     assert total(source) == 3 and source.dropped == {"no image": 1}
-    assert three.read()["image"] == b""  # undecodable
 
 
 def test_only_the_row_groups_of_two_windows_stay(tmp_path):
@@ -350,7 +355,7 @@ def test_only_the_row_groups_of_two_windows_stay(tmp_path):
     source = TableSource(path, COLUMNS, cache=str(tmp_path / "c"), window=1)
     loaded = [source.load(number) for number in range(6)]
     assert len([p for p in tmp_path.glob("c/*/passing/*") if not p.suffix]) == 2
-    assert [s.read()["image"] for shard in loaded for s in shard] == pictures(12)
+    assert [fields["image"] for shard in loaded for fields in read_shard(shard)] == pictures(12)
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
@@ -386,7 +391,7 @@ def test_rows_of_text_come_in_blocks_of_ten_thousand(tmp_path):
     source = TableSource(f"{tmp_path}/{{a,b}}.csv", COLUMNS, cache=str(tmp_path / "c"))
     assert source.count(range(4)).tolist() == [10_000, 10_000, 5_001, 1]
     shard = source.load(2)
-    assert shard[5_000].key == "a.csv:25000" and shard[0].read("caption") == {"caption": b"c20000"}
+    assert shard.key(5_000) == "a.csv:25000" and shard.read(0, ["caption"]) == {"caption": b"c20000"}
     (tmp_path / "a.csv").write_text("path,caption\nx.jpg,new\n")
     assert total(TableSource(str(tmp_path / "a.csv"), COLUMNS, cache=str(tmp_path / "c"))) == 1
 
@@ -436,12 +441,12 @@ def test_an_image_of_a_table_is_read_up_to_a_limit(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("image,caption\nx.jpg,a\npipe:cat x.jpg,b\n")
     (tmp_path / "x.jpg").write_bytes(b"x" * 1000)
     source = TableSource(str(tmp_path / "a.csv"), COLUMNS, cache=str(tmp_path / "c"))
-    assert len(source.load(0)[0].read()["image"]) == 1000
+    assert len(source.load(0).read(0)["image"]) == 1000
     monkeypatch.setattr(table_source, "MAX_BYTES", 999)
     with pytest.raises(storage.StorageError, match="x.jpg: .*more than 999 bytes"):
-        source.load(0)[0].read()
+        source.load(0).read(0)
     with pytest.raises(storage.StorageError, match="expected the path or the s3"):
-        source.load(0)[1].read()
+        source.load(0).read(1)
 
 
 def test_arrays_of_counts(image_shards):

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from sdtrain.data import images
 from sdtrain.data.manifest import read_manifest
 from sdtrain.data.order import Order, Recent
-from sdtrain.data.sources import Sample, Source
+from sdtrain.data.sources import Shard, Source
 from sdtrain.data.table_source import TableSource
 from sdtrain.data.tar_source import TarSource
 from sdtrain.errors import DataError
@@ -48,8 +48,8 @@ class PositionDataset(Dataset):
         """Return the number of samples that are left out of the stream, by reason, in the shards counted so far."""
         return dict(self.source.dropped)
 
-    def locate(self, position: int) -> Sample:
-        """Return the sample at a position of the stream. Raise DataError if the stream is empty."""
+    def locate(self, position: int) -> tuple[Shard, int]:
+        """Return the shard and the row of the sample at a position of the stream. Raise DataError if it is empty."""
         found = self.order.locate(position)
         if found is None:
             raise DataError(
@@ -57,30 +57,33 @@ class PositionDataset(Dataset):
                 "or check the shards"
             )
         shard, row = found
-        return self._load(shard)[row]
+        return self._load(shard), row
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        sample = self.locate(position)
+        shard, row = self.locate(position)
+        key = shard.key(row)
+        place = f"{shard.name}: {key}"
         try:
-            fields = sample.read()
+            fields = shard.read(row)
         except OSError as error:
-            return {"error": f"{sample.place}: unreadable ({error})", "reason": "unreadable"}
+            return {"error": f"{place}: unreadable ({error})", "reason": "unreadable"}
         try:
-            return {"key": sample.key, **self.prepare(fields, position)}
+            return {"key": key, **self.prepare(fields, position)}
         except images.ImageError as error:
-            return {"error": f"{sample.place}: {error}", "reason": "undecodable image"}
+            return {"error": f"{place}: {error}", "reason": "undecodable image"}
         except (KeyError, SafetensorError) as error:
-            return {"error": f"{sample.place}: unreadable latent ({error})", "reason": "unreadable latent"}
+            return {"error": f"{place}: unreadable latent ({error})", "reason": "unreadable latent"}
         except DataError as error:
-            raise DataError(f"{sample.place}: {error}") from None
+            raise DataError(f"{place}: {error}") from None
 
     def prepare(self, fields: dict[str, bytes], position: int) -> dict[str, Any]:
         """Return the item of a sample's fields."""
         raise NotImplementedError
 
-    def caption(self, sample: Sample) -> str:
-        """Return the text of a sample."""
-        return self.text(sample.read("caption")["caption"])
+    def caption(self, position: int) -> str:
+        """Return the text of the sample at a position of the stream."""
+        shard, row = self.locate(position)
+        return self.text(shard.read(row, ["caption"])["caption"])
 
     def text(self, caption: bytes) -> str:
         """Return the text of a caption field, or the prompt of the class in it."""

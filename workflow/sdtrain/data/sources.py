@@ -6,9 +6,8 @@ import functools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +24,20 @@ PENDING = 64  # shards that are submitted for counting at once: a longer queue w
 Wanted = Mapping[str, Sequence[str]]  # our name of a field -> the names it may have; the first one present counts
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample: row `row` of an opened shard."""
-
-    shard: Shard
-    row: int
-
-    @property
-    def key(self) -> str:
-        """Return the sample's name, unique in its shard."""
-        return self.shard.key(self.row)
-
-    @property
-    def place(self) -> str:
-        """Return the shard and the key, for messages."""
-        return f"{self.shard.name}: {self.key}"
-
-    def read(self, *names: str) -> dict[str, bytes]:
-        """Return the bytes of these fields, or of all wanted fields. Raise OSError if they cannot be read."""
-        return self.shard.read(self.row, names)
-
-
-class Shard(Sequence[Sample]):
-    """The samples of one shard that were kept. `name` is its path or address."""
+class Shard(Sized):
+    """The samples of one shard that were kept, by row. `name` is its path or address."""
 
     name: str
-
-    def __getitem__(self, row: Any) -> Any:
-        return Sample(self, range(len(self))[row])
 
     def key(self, row: int) -> str:
         """Return the name of a sample, unique in the shard."""
         raise NotImplementedError
 
     def read(self, row: int, names: Sequence[str] = ()) -> dict[str, bytes]:
-        """Return the bytes of these fields of a sample, by default of all wanted fields."""
+        """Return the bytes of these fields of a sample, by default of all wanted fields.
+
+        Raise OSError if they cannot be read.
+        """
         raise NotImplementedError
 
 

@@ -21,7 +21,7 @@ CAPTIONS = 16  # of the grid of training captions, unless the configuration name
 
 def captions_of(dataset: PositionDataset, count: int) -> list[str]:
     """Return the captions of the first `count` samples of the shuffled stream; they repeat if it is smaller."""
-    return [dataset.caption(dataset.locate(position)) for position in range(count)]
+    return [dataset.caption(position) for position in range(count)]
 
 
 def choose_prompts(settings: Any, stage: Any, held_out: str) -> tuple[list[str], list[dict[str, Any]]]:

@@ -73,7 +73,10 @@ def plan_jobs(source: dict, numbers: list[int], batch_size: int, captions: bool,
     for number in numbers:
         row, dropped = source["shards"][number], Counter[str]()
         kept: list[tuple[int, tars.Sample]] = []
-        path = local_path(row["path"], cache)
+        path = row["path"]
+        if not storage.is_local(path):
+            cache.fetch(path).close()
+            path = str(cache.path(path))
         index = read_index(row["index_path"], path, columns=()) if row["index_path"] else tars.index_tar(path)
         for i, sample in enumerate(index):
             if not any(e in sample.fields for e in images.IMAGE_EXTENSIONS):
@@ -87,14 +90,6 @@ def plan_jobs(source: dict, numbers: list[int], batch_size: int, captions: bool,
                 kept.append((i, sample))
         for start in range(0, max(1, len(kept)), batch_size):
             yield Job(number, kept[start : start + batch_size], dropped if start == 0 else Counter())
-
-
-def local_path(address: str, cache: LocalCache) -> str:
-    """Return a local path with the content of an address."""
-    if storage.is_local(address):
-        return address
-    cache.fetch(address).close()
-    return str(cache.path(address))
 
 
 class Images(Dataset):

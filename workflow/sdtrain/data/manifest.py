@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import operator
 import os
 import sys
 from collections import Counter
@@ -95,7 +94,7 @@ def gather_manifests(paths: Sequence[str | Path], output: str | Path) -> dict[st
         for path, part in zip(paths, parts, strict=True)
         for row in move_rows(part["shards"], folder)
     ]
-    dropped = functools.reduce(operator.add, (Counter(part["dropped"]) for part in parts), Counter[str]())
+    dropped = sum((Counter(part["dropped"]) for part in parts), Counter[str]())
     made_by = {k: v for k, v in parts[0]["made_by"].items() if all(part["made_by"].get(k) == v for part in parts)}
     yields = functools.reduce(add_yields, (part["yields"] for part in parts if part.get("yields")), None)
     if not rows or not any(row["samples"] for row in rows):

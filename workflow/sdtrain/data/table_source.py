@@ -197,10 +197,8 @@ def _is_parquet(file: str) -> bool:
 
 
 def _open_parquet(file: str) -> pq.ParquetFile:
-    if storage.is_local(file):
-        return pq.ParquetFile(file)
-    filesystem, path = storage.find_filesystem(file)
-    return pq.ParquetFile(filesystem.open(path))
+    filesystem, (place,) = formats.find_filesystem([file])
+    return pq.ParquetFile(place, filesystem=filesystem)
 
 
 def _blocks(batches: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:

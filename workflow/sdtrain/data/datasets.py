@@ -133,12 +133,13 @@ class ImageDataset(PositionDataset):
     """Images and captions: pixels float32 3 x R x R in [-1, 1], caption and key str, and `images.prepare`'s int64
     original_size (height, width) and crop (top, left).
 
-    `path` names tars or, with `columns`, tables. With `idx_to_prompt`, a JSON file, captions are prompts of classes.
+    `source` has the fields image and caption, or is the path of tars; then `filters` and `cache` are for these. With
+    `idx_to_prompt`, a JSON file, captions are prompts of classes.
     """
 
     def __init__(
         self,
-        path: str,
+        source: Source | str,
         resolution: int,
         *,
         crop: str = "center",
@@ -146,18 +147,14 @@ class ImageDataset(PositionDataset):
         zoom: tuple[float, float] = (1.0, 1.0),
         filters: dict[str, Any] | None = None,
         idx_to_prompt: str | None = None,
-        columns: dict[str, str] | None = None,
         seed: int = 0,
         window: int = 64,
         cache: str | None = None,
     ):
         self.resolution, self.crop, self.flip, self.zoom = resolution, crop, flip, zoom
-        source: Source
-        if columns is None:
+        if isinstance(source, str):
             wanted = {"image": IMAGE, "caption": ("cls",) if idx_to_prompt else ("txt",)}
-            source = TarSource(path, wanted, filters, cache=cache, window=window)
-        else:
-            source = TableSource(path, TABLE_COLUMNS, filters, columns=columns, cache=cache, window=window)
+            source = TarSource(source, wanted, filters, cache=cache, window=window)
         super().__init__(source, seed, window, idx_to_prompt)
 
     def prepare(self, fields: dict[str, bytes], position: int) -> dict[str, Any]:
@@ -231,18 +228,24 @@ def _read_empty_text(manifest: str) -> torch.Tensor | None:
 
 
 # ---------------------------------------------------------------- dataset forms: what dataset.type may name
-def _open_tars(params: DictConfig, shared: dict[str, Any], **more: Any) -> PositionDataset:
-    return ImageDataset(params.path, params.resolution, crop=params.crop, flip=params.flip, **more, **shared)
+def _open_images(source: Source | str, params: DictConfig, shared: dict[str, Any], **more: Any) -> PositionDataset:
+    return ImageDataset(source, params.resolution, crop=params.crop, flip=params.flip, **more, **shared)
+
+
+def _open_tars(params: DictConfig, shared: dict[str, Any]) -> PositionDataset:
+    return _open_images(params.path, params, shared)
 
 
 def _open_classes(params: DictConfig, shared: dict[str, Any]) -> PositionDataset:
     if not params.idx_to_prompt:
         raise DataError("dataset.params.idx_to_prompt: ClassificationWebDataset needs a JSON file of class -> prompt")
-    return _open_tars(params, shared, idx_to_prompt=params.idx_to_prompt)
+    return _open_images(params.path, params, shared, idx_to_prompt=params.idx_to_prompt)
 
 
 def _open_tables(params: DictConfig, shared: dict[str, Any]) -> PositionDataset:
-    return _open_tars(params, shared, columns=dict(params.columns))
+    about = {name: shared[name] for name in ("filters", "cache", "window")}
+    source = TableSource(params.path, TABLE_COLUMNS, columns=dict(params.columns), **about)
+    return _open_images(source, params, shared)
 
 
 def _open_latents(params: DictConfig, shared: dict[str, Any]) -> PositionDataset:

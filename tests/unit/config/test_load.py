@@ -12,6 +12,7 @@ from samples import ROOT
 from sdtrain.config import schema, schema_data
 from sdtrain.config.keys import all_keys
 from sdtrain.config.load import (
+    SHARD_DATASETS,
     component_record,
     data_slice,
     load_components,
@@ -358,8 +359,10 @@ def test_slice_of_a_rule_has_only_its_keys():
         data_slice(data, "reshart")
 
 
-def test_tables_need_an_explicit_path(project):
+def test_forms_that_the_workflow_does_not_make_need_an_explicit_path(project):
     project("r.yaml", RUN)
+    made = {kind: load_stage("r", "stage1", [f"dataset.type={kind}"]) for kind in (*SHARD_DATASETS, "LatentDataset")}
+    assert all(stage.dataset.params.path.startswith("results/data/emoji/train/") for stage in made.values())
     with pytest.raises(ConfigError, match=r"dataset\.params\.path"):
         load_stage("r", "stage1", ["dataset.type=CSVDataset"])
     own = load_stage("r", "stage1", ["dataset.type=CSVDataset", "dataset.params.path=own.csv"])

@@ -21,7 +21,7 @@ from sdtrain.errors import ConfigError, did_you_mean
 
 CONFIGS = "SDTRAIN_CONFIGS"  # environment variable: the folder of a job's configurations, a copy that no edit changes
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler", "unet")
-TABLE_DATASETS = ("ParquetDataset", "CSVDataset")
+SHARD_DATASETS = ("WebDataset", "ClassificationWebDataset")  # the forms that read shards which the workflow makes
 
 _structured = functools.cache(OmegaConf.structured)  # slow to build; each merge copies it
 
@@ -167,10 +167,10 @@ def _overlay(values: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _dataset_path(data: str | None, stage: DictConfig) -> str | None:
-    """Return the manifest that the workflow makes for a stage; None for tables, whose files the user names."""
-    if data is None or stage.dataset.type in TABLE_DATASETS:
+    """Return the manifest that the workflow makes for a stage; None for other forms, whose files the user names."""
+    if data is None or stage.dataset.type not in (*SHARD_DATASETS, "LatentDataset"):
         return None
-    if stage.dataset.type != "LatentDataset":
+    if stage.dataset.type in SHARD_DATASETS:
         return f"results/data/{data}/train/shards/manifest.json"
     vae = Path(stage.model.vae.pretrained or stage.model.pretrained or "vae").name
     return f"results/data/{data}/train/latents/{vae}-{stage.dataset.params.resolution}px/manifest.json"

@@ -137,7 +137,7 @@ def test_corrections_and_objectives_name_tests():
     corrections = [line for line in SECTIONS["Where open-diffusion was wrong"].splitlines() if line.startswith("- ")]
     objectives = rows(SECTIONS["Objectives"])[1:]
     assert len(corrections) > 10 and all(TEST.search(line) for line in corrections)
-    assert len(objectives) == len(OBJECTIVES) == 8 and all(TEST.search(row[3]) for row in objectives)
+    assert len(objectives) == len(OBJECTIVES) >= 8 and all(TEST.search(row[3]) for row in objectives)
 
 
 # ---------------------------------------------------------------- YAML that can be copied

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from sdtrain.config import schema
 from sdtrain.config.keys import all_keys
+from sdtrain.config.load import load_config
 from sdtrain.training import objective
 
 STEPS = 1000
@@ -30,6 +30,11 @@ def process(prediction, scheduler=SCHEDULE):
     """A forward process in double precision."""
     alphas = None if prediction == "flow_prediction" else scheduler.alphas_cumprod.double()
     return objective.Process(prediction, STEPS, alphas)
+
+
+def weights(forward, t, **keys):
+    """Loss weights with these keys of `objective`, all others at their defaults."""
+    return objective.loss_weights(forward, t, load_config(schema.ObjectiveConfig, values=keys))
 
 
 @pytest.fixture
@@ -222,12 +227,12 @@ def test_min_snr_weights_at_known_ratios():
         "v_prediction": [0.0, 0.2, 5 / 6, 5 / 21],
         "sample": [0.0, 0.25, 5.0, 5.0],
     }
-    for prediction, weights in expected.items():
+    for prediction, values in expected.items():
         forward = objective.Process(prediction, 4, alphas)
-        found = objective.loss_weights(forward, t, OmegaConf.create({"snr_gamma": 5.0}))
-        torch.testing.assert_close(found, torch.tensor(weights))
+        found = weights(forward, t, snr_gamma=5.0)
+        torch.testing.assert_close(found, torch.tensor(values))
         assert found.dtype == torch.float32
-        assert objective.loss_weights(forward, t, OmegaConf.create({"snr_gamma": None})).tolist() == [1.0] * 4
+        assert weights(forward, t).tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULE, ZERO], ids=["standard", "zero"])
@@ -236,22 +241,17 @@ def test_weights_of_a_real_schedule_are_finite_and_of_one_objective(scheduler):
     t = torch.arange(STEPS)
     alphas = scheduler.alphas_cumprod.double()
     snr = alphas / (1 - alphas)
-    weights = {
-        p: objective.loss_weights(process(p, scheduler), t, OmegaConf.create({"snr_gamma": 5.0})).double()
-        for p in PREDICTIONS[:3]
-    }
-    assert all(torch.isfinite(w).all() for w in weights.values())
-    torch.testing.assert_close(weights["epsilon"] * snr, weights["sample"], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(weights["v_prediction"] * (snr + 1), weights["sample"], rtol=1e-5, atol=1e-7)
+    found = {p: weights(process(p, scheduler), t, snr_gamma=5.0).double() for p in PREDICTIONS[:3]}
+    assert all(torch.isfinite(w).all() for w in found.values())
+    torch.testing.assert_close(found["epsilon"] * snr, found["sample"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found["v_prediction"] * (snr + 1), found["sample"], rtol=1e-5, atol=1e-7)
 
 
 def test_min_snr_weights_of_a_flow_are_refused():
     t = torch.tensor([500.0])
     with pytest.raises(objective.ObjectiveError, match="objective.snr_gamma: .*set it to null"):
-        objective.loss_weights(process("flow_prediction"), t, OmegaConf.create({"snr_gamma": 5.0}))
-    assert objective.loss_weights(process("flow_prediction"), t, OmegaConf.create({"snr_gamma": None})).tolist() == [
-        1.0
-    ]
+        weights(process("flow_prediction"), t, snr_gamma=5.0)
+    assert weights(process("flow_prediction"), t).tolist() == [1.0]
 
 
 def test_loss_is_a_weighted_mean_square_for_each_image():
@@ -418,7 +418,10 @@ def test_each_choice_of_the_configuration_has_its_function_and_each_function_its
 
 
 def test_weightings_are_multiplied(monkeypatch):
-    monkeypatch.setitem(objective.WEIGHTINGS, "halved", lambda process, t, by: torch.full((len(t),), 1 / by))
-    settings = OmegaConf.create({"snr_gamma": None, "halved": 2.0})
-    t = torch.tensor([1, 2])
-    assert objective.loss_weights(process("epsilon"), t, settings).tolist() == [0.5, 0.5]
+    def divided(process, t, by):
+        return torch.full((len(t),), 1 / by)
+
+    monkeypatch.setattr(objective, "WEIGHTINGS", {"halved": divided, "thirded": divided, "off": divided})
+    settings = {"halved": 2.0, "thirded": 3.0, "off": None}
+    found = objective.loss_weights(process("epsilon"), torch.tensor([1, 2]), settings)
+    torch.testing.assert_close(found, torch.full((2,), 1 / 6))

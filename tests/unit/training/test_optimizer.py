@@ -1,4 +1,4 @@
-"""AdamW whose state is there from the start and known by name, and the learning rate of each step in closed form."""
+"""Optimizers whose state is there from the start and known by name; the learning rate of each step in closed form."""
 
 from __future__ import annotations
 
@@ -50,21 +50,23 @@ def test_the_settings_reach_it():
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.7, 0.8), 0.3, 0.1)
 
 
-def test_frozen_weights_have_no_state():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_weights_have_no_state(name):
     module = network()
     module[0].requires_grad_(False)
-    optimizer = build_optimizer(module, settings())
+    optimizer = build_optimizer(module, settings(name=name))
     assert list(state_by_name(optimizer, module)) == ["2.weight", "2.bias"]
     before = module[0].weight.clone()
     train(module, optimizer, 2)
     assert torch.equal(module[0].weight, before)
 
 
-def test_a_state_read_in_place_goes_on_exactly():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_read_in_place_goes_on_exactly(name):
     whole = network()
-    expected = train(whole, build_optimizer(whole, settings()), 1)
+    expected = train(whole, build_optimizer(whole, settings(name=name)), 1)
     one, two = network(), network()
-    first, second = build_optimizer(one, settings()), build_optimizer(two, settings())
+    first, second = build_optimizer(one, settings(name=name)), build_optimizer(two, settings(name=name))
     train(one, first, 1)
     for name, tensors in state_by_name(first, one).items():
         for key, tensor in tensors.items():

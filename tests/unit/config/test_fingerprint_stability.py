@@ -1,4 +1,4 @@
-"""Stage fingerprints and frozen slices of the repository's configurations stay those of finished work.
+"""Fingerprints of trainings and frozen slices of the repository's configurations stay those of finished work.
 
 `fingerprints.json` was recorded by commit e514e5f. A change here invalidates running checkpoints and finished results:
 record it anew only if a value in `configs/` changed on purpose.
@@ -15,7 +15,9 @@ import pytest
 from configurations import load_stage
 from samples import ROOT
 
-from sdtrain.config.fingerprint import stage_fingerprint
+from sdtrain.config.fingerprint import decisive_keys, fingerprint, stage_fingerprint
+from sdtrain.config.load import load_components
+from sdtrain.config.schema_data import AutoencoderConfig
 from sdtrain.orchestration.plan import Plan
 
 RECORDED = json.loads(Path(__file__).with_name("fingerprints.json").read_text())
@@ -30,6 +32,12 @@ def repository(monkeypatch):
 def test_stage_fingerprint_is_unchanged(stage, repository):
     run, name = stage.split("/")
     assert stage_fingerprint(load_stage(run, name)) == RECORDED["stage_fingerprints"][stage]
+
+
+@pytest.mark.parametrize("component", RECORDED["autoencoders"])
+def test_what_decides_an_autoencoder_is_unchanged(component, repository):
+    train = load_components()[component].train
+    assert fingerprint(decisive_keys(train, AutoencoderConfig)) == RECORDED["autoencoders"][component]
 
 
 def test_frozen_slices_are_unchanged(repository):

@@ -28,14 +28,14 @@ def fingerprint(*values: Any) -> str:
     return hashlib.sha256("\n".join(canonical(v) for v in values).encode()).hexdigest()[:16]
 
 
-def decisive_keys(config: DictConfig) -> dict[str, Any]:
-    """Return the keys of a stage that decide its weights, as a nested dict.
+def decisive_keys(config: DictConfig, schema: type | None = None) -> dict[str, Any]:
+    """Return the keys of a training that decide its weights, as a nested dict. `schema` is by default a stage's.
 
     Keys of logging, saving, batch sharing and speed are left out. Data and initial weights are identified by records
     of their content, so their paths are left out too. A section without such keys is left out.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
-    for entry in reversed(all_keys(StageConfig)):  # a section after its keys, of which none may be left
+    for entry in reversed(all_keys(schema or StageConfig)):  # a section after its keys, of which none may be left
         value = _value(values, entry.name)
         is_neutral = value == entry.metadata.get("neutral", NOT_NEUTRAL)
         if is_neutral or not entry.decides and not (entry.section and value):

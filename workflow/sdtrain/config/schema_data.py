@@ -141,10 +141,10 @@ class AutoencoderLoss:
 class AutoencoderConfig:
     """How `train_autoencoder` makes a component; sections and keys of a stage have the same meaning here."""
 
-    data: str = key(MISSING, "Dataset: `configs/data/{data}.yaml`")
+    data: str = key(MISSING, "Dataset: `configs/data/{data}.yaml`", decides=False)
     resolution: int = key(64, "Side of the images in pixels", ge=1)
     num_examples_to_see: int = key(MISSING, "Images of the whole training", ge=1)
-    batch_size: int = key(16, "Images per rank and step", ge=1)
+    batch_size: int = key(16, "Images per rank and step", ge=1, decides=False)
     optimizer: OptimizerConfig = section(
         lambda: OptimizerConfig(params=OptimizerParams(learning_rate=2.0e-3, beta2=0.99))
     )
@@ -157,17 +157,19 @@ class AutoencoderConfig:
     )
     ema_decay: float = key(0.999, "EMA decay per step", ge=0, le=1)
     mixed_precision: Literal["bf16"] | None = key(None, "See `model.mixed_precision`")
-    save_every: int = key(500, "Steps between checkpoints, each with an evaluation on the held-out split", ge=1)
-    log_every: int = key(50, "Steps between lines of the log", ge=1)
-    max_nonfinite: int = key(5, "See `experiment.max_nonfinite`", ge=1)
-    max_rollbacks: int = key(3, "See `experiment.max_rollbacks`", ge=0)
-    wait_minutes: float = key(0.0, "See `experiment.wait_minutes`", ge=0)
-    workers: int = key(0, "Loader processes per rank", ge=0)
-    prefetch: int = key(2, "See `dataset.params.prefetch`", ge=0)
-    threads: int | None = key(None, "See `system.threads`", ge=1)
+    save_every: int = key(
+        500, "Steps between checkpoints, each with an evaluation on the held-out split", ge=1, decides=False
+    )
+    log_every: int = key(50, "Steps between lines of the log", ge=1, decides=False)
+    max_nonfinite: int = key(5, "See `experiment.max_nonfinite`", ge=1, decides=False)
+    max_rollbacks: int = key(3, "See `experiment.max_rollbacks`", ge=0, decides=False)
+    wait_minutes: float = key(0.0, "See `experiment.wait_minutes`", ge=0, decides=False)
+    workers: int = key(0, "Loader processes per rank", ge=0, decides=False)
+    prefetch: int = key(2, "See `dataset.params.prefetch`", ge=0, decides=False)
+    threads: int | None = key(None, "See `system.threads`", ge=1, decides=False)
     seed: int = key(0, "See `experiment.seed`", ge=0)
-    wandb_mode: Literal["online", "offline", "disabled"] | None = key(None, "See `wandb.mode`")
-    distributed: DistributedConfig = section(DistributedConfig)
+    wandb_mode: Literal["online", "offline", "disabled"] | None = key(None, "See `wandb.mode`", decides=False)
+    distributed: DistributedConfig = section(DistributedConfig, decides=False)
     loss: AutoencoderLoss = section(AutoencoderLoss)
     params: dict[str, Any] = key({}, "Arguments of diffusers' `AutoencoderKL`")
 

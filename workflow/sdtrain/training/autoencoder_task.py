@@ -15,7 +15,8 @@ from PIL import Image
 
 from sdtrain import distributed
 from sdtrain.config import schema
-from sdtrain.config.fingerprint import differences, record_fingerprint
+from sdtrain.config.fingerprint import decisive_keys, differences, record_fingerprint
+from sdtrain.config.schema_data import AutoencoderConfig
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest
 from sdtrain.errors import ConfigError, DataError
@@ -34,10 +35,6 @@ MEASURED_IMAGES = 256  # held-out images on which the exported component is meas
 SAVE_IMAGES = 32  # held-out images that are measured at every save
 PAIRS = 16  # images of a picture in samples/
 CHUNK = 16  # images per forward pass without a gradient
-NEUTRAL = (  # keys that do not decide the weights, or that count by a record or by the global batch
-    *("data", "batch_size", "save_every", "log_every", "max_nonfinite", "max_rollbacks", "wait_minutes"),
-    *("workers", "prefetch", "threads", "wandb_mode", "distributed"),
-)
 
 
 class AutoencoderTask(Task):
@@ -74,11 +71,7 @@ class AutoencoderTask(Task):
     # ------------------------------------------------------------ identity
     def identify(self, global_batch: int) -> Identity:
         """Return the identity of the training. Data and the perceptual network count by their records."""
-        decisive: Any = OmegaConf.to_container(self.config, resolve=True)
-        for key in NEUTRAL:
-            del decisive[key]
-        del decisive["optimizer"]["fused"]
-        decisive["system"] = {"global_batch": global_batch}
+        decisive = {**decisive_keys(self.config, AutoencoderConfig), "system": {"global_batch": global_batch}}
         sources = {"dataset": read_manifest(self.train)["fingerprint"]}
         if self.config.loss.perceptual:
             sources["network"] = record_fingerprint(f"{self.config.loss.perceptual_network}.json")

@@ -263,22 +263,15 @@ def normals(
 ) -> torch.Tensor:
     """Return standard normal numbers float32, count x N x `shape`; those of an image depend on its own seed only.
 
-    The first of `count`, the same for any count, is the noise of the objective, with offset noise of strength `offset`.
-    Another kind of device gives other numbers.
+    The first of `count`, the same for any count, is the noise of the objective. `offset` times one normal number for
+    each channel of each image is added to it: its variance is 1 + offset^2, and the model learns to change the
+    brightness of a whole image (Guttenberg 2023, "Diffusion with offset noise"). Another kind of device gives other
+    numbers.
     """
     found = _seeded(draws.seeds, count, shape, device)
     if offset:
-        found[0] = offset_noise(found[0], draws, offset)
+        found[0] += offset * _seeded(draws.offset_seeds, 1, (shape[0], 1, 1), device)[0]
     return found
-
-
-def offset_noise(noise: torch.Tensor, draws: Draws, strength: float) -> torch.Tensor:
-    """Return noise N x C x h x w plus `strength` times one normal number for each channel of each image.
-
-    Its variance is 1 + strength^2, and the model learns to change the brightness of a whole image (Guttenberg 2023,
-    "Diffusion with offset noise").
-    """
-    return noise + strength * _seeded(draws.offset_seeds, 1, (noise.shape[1], 1, 1), noise.device)[0]
 
 
 def _seeded(seeds: list[int], count: int, shape: Sequence[int], device: torch.device | str) -> torch.Tensor:

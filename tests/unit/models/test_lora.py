@@ -156,7 +156,7 @@ def test_the_file_replaces_an_older_one_whole(unet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", ["to_z", "q", "attn1", "norm1", ""])
 def test_a_target_without_a_layer_is_named_with_those_there_are(unet, target):
-    named = rf"^model.lora.targets: '{target}' is no layer of the UNet; there are conv, conv1, .*to_out.0, to_q, to_v"
+    named = rf"^model.lora.targets: '{target}' is not a layer of the UNet; it has conv, conv1, .*to_out.0, to_q, to_v"
     with pytest.raises(ConfigError, match=named):
         lora.add(unet, settings(targets=["to_q", target]))
     assert all(p.requires_grad for p in unet.parameters())
@@ -177,5 +177,5 @@ def test_ranks_and_dropouts_out_of_range_are_named(values, message):
 
 
 def test_no_target_at_all_is_refused(unet):
-    with pytest.raises(ConfigError, match="^model.lora.targets: '' is no layer of the UNet; there are conv, conv1"):
+    with pytest.raises(ConfigError, match="^model.lora.targets: '' is not a layer of the UNet; it has conv, conv1"):
         lora.add(unet, settings(targets=[]))

@@ -271,7 +271,7 @@ def test_a_unet_without_captions_is_refused(build):
 @pytest.mark.parametrize(("resolution", "nearest"), [(30, "28 or 32"), (33, "32 or 36"), (3, "4"), (0, "4"), (-8, "4")])
 def test_a_resolution_that_the_networks_cannot_halve_is_refused(build, resolution, nearest):
     parts, why = build(), r"\(the VAE divides by 2, the UNet by 2\)"
-    message = f"^dataset.params.resolution: {resolution} is no multiple of 4 {why}: set {nearest}$"
+    message = f"^dataset.params.resolution: {resolution} is not a multiple of 4 {why}: set {nearest}$"
     with pytest.raises(ModelError, match=message):
         check_resolution(parts, resolution)
 
@@ -280,7 +280,7 @@ def test_a_resolution_that_the_networks_cannot_halve_is_refused(build, resolutio
 def test_an_exported_pipeline_draws_the_resolution_of_its_training(build, tiny_unet_params, tmp_path, sample_size):
     params = {**tiny_unet_params, "sample_size": sample_size}
     parts = build(unet={"target": "UNet2DConditionModel", "params": params})
-    said = "^model.unet.params.sample_size: 8 gives way to 16, as latents of 32 pixels are$"
+    said = "^model.unet.params.sample_size: 8 is replaced by 16, the side of the latents of 32 pixels$"
     with pytest.warns(UserWarning, match=said) if sample_size == 8 else warnings.catch_warnings(action="error"):
         assert check_resolution(parts, 32) == 16
     export_pipeline(tmp_path / "pipeline", parts, parts.unet)

@@ -6,9 +6,6 @@ Images are float N x 3 x H x W in [-1, 1], latents N x C x h x w. The loss is th
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from sdtrain.models.parts import ModelError
+from sdtrain.models.parts import ModelError, check_divisors, check_multiple, refusals
 
 TERMS = ("l1", "l2", "low_pass", "gradient", "chroma", "kl", "perceptual")  # the weights of an AutoencoderLoss
 
@@ -27,21 +24,16 @@ def build(params: dict, resolution: int) -> AutoencoderKL:
 
     Raise ModelError, naming the key, for invalid parameters and resolutions.
     """
-    try:
-        _check_groups(params)
+    with refusals("params", AutoencoderKL):
+        check_divisors("params", AutoencoderKL, params)
         vae = AutoencoderKL(**params)
         side = latent_side(vae, resolution)
         with torch.no_grad():
             latents = vae.encode(torch.zeros(1, 3, resolution, resolution)).latent_dist.mode()
             shapes = [tuple(latents.shape[-2:]), tuple(vae.decode(latents).sample.shape[1:])]
-    except ModelError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"params: AutoencoderKL refuses them: {reason}") from error
     if shapes != [(side, side), (3, resolution, resolution)]:
         raise ModelError(
-            f"params: with them an image of {resolution} pixels has latents of {shapes[0]} and comes back as "
+            f"params: an image of {resolution} pixels has latents of {shapes[0]} and its reconstruction is "
             f"{shapes[1]}; set a down_block_types and an up_block_types for each of block_out_channels"
         )
     if vae.quant_conv is None or vae.post_quant_conv is None:
@@ -49,23 +41,10 @@ def build(params: dict, resolution: int) -> AutoencoderKL:
     return vae
 
 
-def _check_groups(params: dict) -> None:
-    """Raise ModelError for groups that do not divide the channels of every level."""
-    values = {key: p.default for key, p in inspect.signature(AutoencoderKL).parameters.items()} | params
-    groups, channels = values["norm_num_groups"], values["block_out_channels"]
-    if groups < 1 or any(c % groups for c in channels):
-        common = math.gcd(*channels)
-        fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        raise ModelError(f"params.norm_num_groups: {groups} does not divide all of {list(channels)}; {fit} do")
-
-
 def latent_side(vae: AutoencoderKL, resolution: int) -> int:
     """Return the side of the latents of images of `resolution` pixels. Raise ModelError if they do not divide."""
     step = 2 ** (len(vae.config.block_out_channels) - 1)
-    if resolution < 1 or resolution % step:
-        below = max(step, resolution // step * step)
-        near = f"{below} or {below + step}"
-        raise ModelError(f"resolution: {resolution} is not a multiple of {step}, by which params divides: set {near}")
+    check_multiple("resolution", resolution, step, "a network of these params divides by it")
     return resolution // step
 
 
@@ -96,18 +75,14 @@ def loss_terms(
     mean: torch.Tensor,
     logvar: torch.Tensor,
     weights: Any,
-    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    distance: Any = None,
 ) -> dict[str, torch.Tensor]:
     """Return each term of an AutoencoderLoss with a weight other than 0, times its weight; their sum is the loss.
 
-    `mean` and `logvar` are the posterior's; `distance`, of two batches of images in 0..255, is the perceptual one, N.
+    `mean` and `logvar` are the posterior's; `distance`, a function of two batches of images in 0..255, is the
+    perceptual one, N, which only the perceptual term needs.
     """
     error = output - images
-
-    def perceptual() -> torch.Tensor:
-        assert distance is not None, "a weight of the perceptual term needs a distance"
-        return distance((output + 1) * 127.5, (images + 1) * 127.5).mean()
-
     terms = {
         "l1": lambda: error.abs().mean(),
         "l2": lambda: error.square().mean(),
@@ -115,7 +90,7 @@ def loss_terms(
         "gradient": lambda: error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
         "chroma": lambda: (error - error[:, 1:2])[:, ::2].abs().mean(),  # R-G and B-G
         "kl": lambda: kl_divergence(mean, logvar),
-        "perceptual": perceptual,
+        "perceptual": lambda: distance((output + 1) * 127.5, (images + 1) * 127.5).mean(),
     }
     return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
 

@@ -65,8 +65,7 @@ def from_url(component: DictConfig, folder: Path, timeout: float) -> str:
         raise SDTrainError(f"url: {url} must be the http or https address of a file; a local file is `source: folder`")
     if not re.fullmatch("[0-9a-f]{64}", expected):
         raise SDTrainError(f"sha256: {expected!r} is not 64 hex digits")
-    name = inside(PurePosixPath(unquote(urlsplit(url).path)).name, "url")
-    target = folder / inside(name, "url")
+    target = folder / inside(PurePosixPath(unquote(urlsplit(url).path)).name, "url")
     download(url, target, timeout)
     actual = sha256_file(target)
     if actual != expected:

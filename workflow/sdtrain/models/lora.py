@@ -43,12 +43,12 @@ def add(unet: Any, settings: Any) -> None:
 
 
 def _find_layers(unet: nn.Module, targets: list[str]) -> list[str]:
-    """The layers whose dotted name ends in one of the targets; each target has one at least."""
+    """Return the layers whose dotted name ends in one of the targets. Raise ConfigError for a target without one."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in targets or [""]:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             there = sorted({match[0] for name in layers if (match := re.search(r"[^.]+(\.\d+)?$", name))})
-            raise ConfigError(f"model.lora.targets: '{target}' is no layer of the UNet; there are {', '.join(there)}")
+            raise ConfigError(f"model.lora.targets: '{target}' is not a layer of the UNet; it has {', '.join(there)}")
     return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 

@@ -22,6 +22,7 @@ from sdtrain.errors import SDTrainError
 
 transformers.utils.logging.disable_progress_bar()  # frozen components load in an instant
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+ATTENTION_BLOCKS = {"CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"}  # of a UNet
 
 
 class ModelError(SDTrainError, ValueError):
@@ -117,18 +118,22 @@ def check_resolution(parts: Parts, resolution: int) -> int:
     Raise ModelError if the downsampling factors of the VAE and the UNet do not divide `resolution`, in pixels.
     """
     vae, unet = (2 ** (len(net.config.block_out_channels) - 1) for net in (parts.vae, parts.unet))
-    step = vae * unet
-    if resolution < 1 or resolution % step:
-        below = max(0, resolution // step * step)
-        nearest = f"{below} or {below + step}" if below else step
-        why = f"the VAE divides by {vae}, the UNet by {unet}"
-        raise ModelError(f"dataset.params.resolution: {resolution} is no multiple of {step} ({why}): set {nearest}")
+    reason = f"the VAE divides by {vae}, the UNet by {unet}"
+    check_multiple("dataset.params.resolution", resolution, vae * unet, reason)
     side, given = resolution // vae, parts.unet.config.sample_size
     if given not in (None, side):
-        why = f"as latents of {resolution} pixels are"
-        warnings.warn(f"model.unet.params.sample_size: {given} gives way to {side}, {why}", stacklevel=2)
+        meaning = f"the side of the latents of {resolution} pixels"
+        warnings.warn(f"model.unet.params.sample_size: {given} is replaced by {side}, {meaning}", stacklevel=2)
     parts.unet.register_to_config(sample_size=side)
     return side
+
+
+def check_multiple(key: str, resolution: int, step: int, reason: str) -> None:
+    """Raise ModelError, with the nearest valid sizes, if `resolution` is not a positive multiple of `step`."""
+    if resolution < 1 or resolution % step:
+        below = resolution // step * step
+        nearest = f"{below} or {below + step}" if below > 0 else step
+        raise ModelError(f"{key}: {resolution} is not a multiple of {step} ({reason}): set {nearest}")
 
 
 def check_length(tokenizer: Any, text_encoder: Any) -> None:
@@ -188,8 +193,8 @@ def _from_target(name: str, part):
         raise ModelError(
             f"model.{name}.params.vocab_file: is not read; set vocab and merges, or model.{name}.pretrained"
         )
-    with _refusals(name, cls):
-        _check_divisors(name, cls, params)
+    with refusals(f"model.{name}.params", cls):
+        check_divisors(f"model.{name}.params", cls, params)
         return cls(**params)
 
 
@@ -199,7 +204,7 @@ def _changed_scheduler(scheduler, part):
     params: Any = OmegaConf.to_container(part.params, resolve=True)
     if unknown := sorted(params.keys() - inspect.signature(cls).parameters.keys()):
         raise ModelError(f"model.scheduler.params.{unknown[0]}: {cls.__name__} has no such parameter")
-    with _refusals("scheduler", cls):
+    with refusals("model.scheduler.params", cls):
         return cls.from_config(scheduler.config, **params)
 
 
@@ -212,45 +217,41 @@ def _target_class(name: str, target: str) -> type:
 
 
 @contextlib.contextmanager
-def _refusals(name: str, cls: type):
-    """Convert the errors that a class raises for its arguments to a ModelError that names the key."""
+def refusals(key: str, cls: type):
+    """Convert the errors that a class raises for its arguments to a ModelError that names their key."""
     try:
         yield
     except ModelError:
         raise
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError, OSError) as error:
-        raise ModelError(f"model.{name}.params: {cls.__name__} refuses them: {first_line(error)}") from error
+        raise ModelError(f"{key}: {cls.__name__} refuses them: {first_line(error)}") from error
 
 
-def _check_divisors(name: str, cls: type, params: dict) -> None:
+def check_divisors(key: str, cls: type, params: dict) -> None:
     """Raise ModelError if groups or attention heads do not divide the channels of their level."""
-    values = {key: p.default for key, p in inspect.signature(cls).parameters.items()} | params
+    values = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | params
     channels, groups = values.get("block_out_channels"), values.get("norm_num_groups")
     if channels and groups is not None and (groups < 1 or any(c % groups for c in channels)):
         fit = _divisors(math.gcd(*channels))
-        raise ModelError(f"model.{name}.params.norm_num_groups: {groups} does not divide all of {channels}; {fit} do")
+        raise ModelError(f"{key}.norm_num_groups: {groups} does not divide all of {list(channels)}; {fit} do")
     if cls is diffusers.UNet2DConditionModel:
-        _check_heads(values)
+        _check_heads(f"{key}.attention_head_dim", values)
 
 
-def _check_heads(unet: dict) -> None:
+def _check_heads(key: str, unet: dict) -> None:
     """Raise ModelError if the number of heads does not divide the width of a level with attention.
 
     In diffusers, `attention_head_dim` is the number of heads of a level: of its down and up blocks, and of the middle
     block, which is as wide as the last level. With a remainder, diffusers silently builds narrower attention.
     """
-    channels, key = unet["block_out_channels"], "model.unet.params.attention_head_dim"
+    channels = unet["block_out_channels"]
     levels = [set(kinds) for kinds in zip(unet["down_block_types"], reversed(unet["up_block_types"]), strict=False)]
     levels[-1].add(unet["mid_block_type"])
     heads = _per_level(unet["attention_head_dim"], len(levels))
     for i, (kinds, count, width) in enumerate(zip(levels, heads, channels, strict=False)):
-        if (count < 1 or width % count) and kinds & {
-            "CrossAttnDownBlock2D",
-            "CrossAttnUpBlock2D",
-            "UNetMidBlock2DCrossAttn",
-        }:
-            remedy = f"{_divisors(width)} do"
-            raise ModelError(f"{key}: {count} heads do not divide the {width} channels of level {i}; {remedy}")
+        if kinds & ATTENTION_BLOCKS and (count < 1 or width % count):
+            fit = _divisors(width)
+            raise ModelError(f"{key}: {count} heads do not divide the {width} channels of level {i}; {fit} do")
 
 
 def _per_level(value, levels: int) -> list:
@@ -292,13 +293,11 @@ class TextEncoding:
     def __call__(self, captions: list[str]) -> torch.Tensor:
         """Return the states, float32 N x tokens x width."""
         unknown = sorted({c for c in captions if c not in self._known})
-        if unknown:
-            fresh = dict(zip(unknown, self._encode(unknown), strict=True))
-        states = torch.stack([self._known[c] if c in self._known else fresh[c] for c in captions])
-        if unknown:
-            self._known.update(fresh)
-            while len(self._known) > self.cache:
-                self._known.popitem(last=False)
+        fresh = dict(zip(unknown, self._encode(unknown), strict=True)) if unknown else {}
+        states = torch.stack([fresh[c] if c in fresh else self._known[c] for c in captions])
+        self._known.update(fresh)
+        while len(self._known) > self.cache:
+            self._known.popitem(last=False)
         return states
 
     def _encode(self, captions: list[str]) -> torch.Tensor:
@@ -333,7 +332,6 @@ def encode_moments(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Images N x 3 x H x W, float32 in [-1, 1], of scaled latents."""
-    return (
-        vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.float().clamp(-1, 1)
-    )
+    """Return the images N x 3 x H x W, float32 in [-1, 1], of scaled latents."""
+    unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(unscaled).sample.float().clamp(-1, 1)

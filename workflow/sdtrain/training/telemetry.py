@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -60,11 +60,11 @@ class TelemetryError(SDTrainError, RuntimeError):
 
 # ---------------------------------------------------------------- model FLOPs
 def training_flops(unet: nn.Module, latents_shape: tuple[int, int, int], text_shape: tuple[int, int]) -> int:
-    """Model FLOPs (a multiply-add is 2) of forward and backward pass for one image of latents C x h x w and of text
-    tokens x width; 0, with a warning, for a UNet that needs more inputs than these.
+    """Return the FLOPs of a forward and backward pass for one image of latents C x h x w and of text tokens x width.
 
-    Counted on a copy without memory (device "meta") of a module that is not sharded. What gradient checkpointing or an
-    attention kernel computes again is not counted, as in the MFU of PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
+    A multiply-add is 2. Return 0, with a warning, for a UNet that needs more inputs than these. They are counted on a
+    copy without memory (device "meta") of a module that is not sharded. What gradient checkpointing or an attention
+    kernel computes again is not counted, as in the MFU of PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
     """
     try:
         twin = _without_memory(unet)
@@ -81,7 +81,7 @@ def training_flops(unet: nn.Module, latents_shape: tuple[int, int, int], text_sh
 
 
 def _without_memory(module: nn.Module) -> Any:
-    """A copy on the device "meta", of which no tensor is ever copied."""
+    """Return a copy on the device "meta", without copying any tensor."""
     memo = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
@@ -89,9 +89,9 @@ def _without_memory(module: nn.Module) -> Any:
 
 
 def peak_flops(device: torch.device, bf16: bool, override_tflops: float | None = None) -> float | None:
-    """Dense peak of one device in FLOP/s, in bf16 or in float32 (TF32 where torch may use it for convolutions or
-    products); None for a CPU and for a device that is not known, unless `override_tflops` says it.
+    """Return the dense peak of one device in FLOP/s; None for a CPU and an unknown device without `override_tflops`.
 
+    The precision is bf16, or float32: TF32 where torch may use it for convolutions or products.
     From NVIDIA's data sheets of the data centre GPUs and its white papers on GA102, Ada and Blackwell: products of
     16 bits added up in float32, without sparsity (half of the figure where a sheet has only the one with it).
     """
@@ -106,8 +106,10 @@ def peak_flops(device: torch.device, bf16: bool, override_tflops: float | None =
 
 
 def _peaks(name: str) -> tuple[float, float, float] | None:
-    """The row of a device's name, by the longest key whose words are in it; None where the name has others, as of a
-    part of a GPU, or of a laptop's."""
+    """Return the row of PEAKS whose key has the most words of a device's name.
+
+    Return None if the name has other words, such as that of a part of a GPU, or of a laptop's.
+    """
     words = set(re.split(r"[\s-]+", name.upper()))
     for key in sorted(PEAKS, key=len, reverse=True):
         if words.issuperset(key.split()):
@@ -146,24 +148,19 @@ class Telemetry:
         self.wandb, self.total, self.label = wandb, total, label
         self.world_size, self.flops_per_image, self.peak, self.device = world_size, flops_per_image, peak, device
         self.log_path = Path(log) if log else None
-        self.log_file: TextIO | None = None
         position = start if position is None else position
-        self._reopen(lambda line: line.get("position", line["images"]) <= position)
+        self._drop_lines(lambda line: line.get("position", line["images"]) > position)
         self.terminal, self.quiet = sys.stderr.isatty() and not quiet, quiet
         self.bar = tqdm(total=total, initial=start, unit="img", desc=label, disable=not self.terminal, smoothing=0.1)
         self._printed = 0.0
         self._begin_window(start)
 
-    def _reopen(self, keep: Callable[[dict], bool]) -> None:
-        """Open the file for appending, with those of its complete lines that `keep` accepts."""
-        if not self.log_path:
-            return
-        if self.log_file:
-            self.log_file.close()
-        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-        kept = [line for line in text.splitlines() if (found := read_log_line(line)) and keep(found)]
-        write_text(self.log_path, "".join(f"{line}\n" for line in kept))
-        self.log_file = open(self.log_path, "a", buffering=1)
+    def _drop_lines(self, unwanted: Callable[[dict], bool]) -> None:
+        """Remove the unwanted lines, and one that a killed process left incomplete, from the file."""
+        if self.log_path:
+            text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+            kept = [line for line in text.splitlines() if (found := read_log_line(line)) and not unwanted(found)]
+            write_text(self.log_path, "".join(f"{line}\n" for line in kept))
 
     def _begin_window(self, images: int) -> None:
         self._window, self._excluded = (time.perf_counter(), images), 0.0
@@ -194,7 +191,7 @@ class Telemetry:
         return {"images": images, **entry}
 
     def _measured(self, images: int, values: dict[str, float]) -> dict[str, float]:
-        """`values` with what was measured in the window that ends now."""
+        """Return `values` with what was measured in the window that ends now."""
         then, before = self._window
         seconds = max(1e-9, time.perf_counter() - then - self._excluded)
         rate = (images - before) / seconds
@@ -222,8 +219,10 @@ class Telemetry:
         )
 
     def note(self, images: int, event: str, position: int | None = None, **facts) -> None:
-        """Record and print what happened at `images` images seen and `position` of the stream: a skipped step, a
-        rollback. What a resume does not repeat, such as the resume itself, is not to be noted here."""
+        """Record and print an event at `images` images seen and `position` of the stream: a skipped step, a rollback.
+
+        Do not note what a resume does not repeat, such as the resume itself.
+        """
         self._write(images, position, {"event": event, **facts})
         if not self.quiet:
             about = "".join(f", {name} {value}" for name, value in facts.items())
@@ -234,8 +233,9 @@ class Telemetry:
         """Write one line to the file, and send it to wandb."""
         where = {} if position in (None, images) else {"position": position}
         line = {name: _short(value) for name, value in {"images": images, **where, **entry}.items() if _finite(value)}
-        if self.log_file:
-            self.log_file.write(json.dumps(line) + "\n")
+        if self.log_path:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         if self.wandb:
             self._send(lambda: self.wandb.log(line))
 
@@ -244,28 +244,28 @@ class Telemetry:
         try:
             call()
         except Exception as error:  # whatever it is, a training can do without
-            warnings.warn(f"wandb ends here ({error or type(error).__name__}); the log goes on", stacklevel=4)
+            warnings.warn(
+                f"wandb stopped ({error or type(error).__name__}); the training continues without it", stacklevel=4
+            )
             self.wandb = None
 
     def rewind(self, images: int) -> None:
         """Remove the metrics past `images` images seen from the file; events stay."""
-        self._reopen(lambda line: "event" in line or line["images"] <= images)
+        self._drop_lines(lambda line: "event" not in line and line["images"] > images)
         self.bar.update(images - self.bar.n)
         self._begin_window(images)
 
-    def log_image(self, images: int, path: str | Path, caption: str | None = None) -> None:
+    def log_image(self, images: int, path: str | Path) -> None:
         """Send an image file to wandb, if it is used."""
         if self.wandb:
             import wandb
 
-            image = wandb.Image(str(path), caption=caption)
+            image = wandb.Image(str(path))
             self._send(lambda: self.wandb.log({"images": images, "samples": image}))
 
     def close(self) -> None:
-        """Close the progress bar, the file and the wandb run."""
+        """Close the progress bar and the wandb run."""
         self.bar.close()
-        if self.log_file:
-            self.log_file.close()
         if self.wandb:
             import wandb
 
@@ -284,11 +284,11 @@ def _short(value):
 
 # ---------------------------------------------------------------- wandb
 def start_wandb(cfg: Any, folder: Path, run_id: str) -> Any:
-    """A wandb run for a stage: online where a key is known, else offline. The key reaches no file and no log.
+    """Return a wandb run: online if a key is known, else offline. The key is written to no file and no log.
 
-    `run_id` names the run, so that a resumed training goes on in it. The key is wandb.api_key, WANDB_API_KEY or that of
-    `wandb login`. Raises TelemetryError where the server is not reached in WANDB_INIT_TIMEOUT seconds (by default 90)
-    or refuses.
+    `cfg` has the sections `wandb` and `experiment` of a stage. `run_id` names the run, so that a resumed training
+    continues it. The key is wandb.api_key, WANDB_API_KEY or that of `wandb login`. Raise TelemetryError if the server
+    is not reached in WANDB_INIT_TIMEOUT seconds (by default 90) or refuses.
     """
     mode: Any = os.environ.get("WANDB_MODE") or cfg.wandb.mode
     if mode == "disabled":

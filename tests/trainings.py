@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +164,14 @@ def same(a: dict, b: dict, **tolerance) -> bool:
     if not tolerance:
         return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], **tolerance) for k in a)
+
+
+def await_images(run: Path, images: int, deadline: float = 100.0) -> None:
+    """Wait until a checkpoint of at least so many images lies in a training's folder."""
+    end = time.monotonic() + deadline
+    while not any(int(path.parent.name) >= images for path in run.glob("checkpoints/*/[0-9]*/.metadata")):
+        assert time.monotonic() < end, f"no checkpoint of {images} images"
+        time.sleep(0.005)
 
 
 def refused(result: Result, *named: str) -> None:

@@ -17,6 +17,7 @@ from samples import write_tar
 from trainings import (
     SCRIPTS,
     TORCHRUN,
+    await_images,
     environment,
     last_checkpoint,
     log,
@@ -38,14 +39,6 @@ LONG = [  # 60 steps of 4 images; log lines and checkpoints fall on different st
     "experiment.log_every=5",
     "model.unet.params.dropout=0.1",
 ]
-
-
-def await_images(run: Path, images: int, deadline: float = 100.0) -> None:
-    """Wait until a checkpoint of at least so many images lies in a run's folder."""
-    end = time.monotonic() + deadline
-    while not any(int(path.parent.name) >= images for path in run.glob("checkpoints/*/[0-9]*/.metadata")):
-        assert time.monotonic() < end, f"no checkpoint of {images} images"
-        time.sleep(0.005)
 
 
 def identical(run: Path, expected: Path) -> None:
@@ -149,9 +142,8 @@ def test_another_world_size_goes_on_with_the_same_global_batch(undisturbed, tmp_
     await_images(tmp_path / RUN, 16)
     os.kill(train.pids[0], signal.SIGTERM)
     assert train.wait().codes == [75, 75]
-    refused(
-        train(tmp_path, f"config={stage_yaml}", *LONG), "saw 4 images a step, this launch 2", "system.global_batch=4"
-    )
+    alone = train(tmp_path, f"config={stage_yaml}", *LONG)
+    refused(alone, "saw 4 images a step, this launch 2", "system.global_batch=4")
     result = train(tmp_path, f"config={stage_yaml}", *LONG, "system.global_batch=4")
     assert result.codes == [0] and "resumed at" in result.text, result.text
     assert losses(tmp_path / RUN) == pytest.approx(losses(undisturbed), rel=0.01)

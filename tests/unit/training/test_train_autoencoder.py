@@ -1,4 +1,8 @@
-"""The real command that trains an autoencoder: whole, killed, signalled, fed bad numbers, on one rank and on two."""
+"""The real command that trains an autoencoder: whole, killed, on one rank and on two.
+
+What the loop promises for every task is tested in tests/end_to_end/test_interruptions.py: signals, rollbacks, ranks
+that die.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from checkout import make_checkout, set_key, snakemake
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
-from samples import jpeg, make_sample, write_tar
-from trainings import last_checkpoint, log, part, refused, same, trainer
+from samples import make_sample, write_tar
+from trainings import await_images, last_checkpoint, log, part, refused, same, trainer
 
 from sdtrain import distributed
 from sdtrain.config import schema_data
@@ -27,7 +31,7 @@ from sdtrain.config.load import load_config, require
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest, write_manifest
 from sdtrain.io.files import write_json
-from sdtrain.models import autoencoder, feature_networks
+from sdtrain.models import autoencoder
 from sdtrain.training import checkpoint
 from sdtrain.training.autoencoder_task import AutoencoderTask, export_component
 from sdtrain.training.optimizer import build_optimizer, state_by_name
@@ -175,9 +179,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batch(undisturbed,
     await_images(tmp_path / RUN, 16)
     os.kill(train.pids[0], signal.SIGTERM)
     assert train.wait().codes == [75, 75]
-    refused(
-        train(tmp_path, *given), "a global batch of 4 images on 2 ranks", "this launch has 2 on 1", "set batch_size"
-    )
+    batches = "a global batch of 4 images on 2 ranks", "this launch has 2 on 1"
+    refused(train(tmp_path, *given), *batches, "set batch_size so that it is 4 again", "delete that folder")
     result = train(tmp_path, *given, "batch_size=4")
     assert result.codes == [0] and "resumed at" in result.text, result.text
     one, two = (part(last_checkpoint(folder / RUN), "ema") for folder in (tmp_path, undisturbed))
@@ -193,14 +196,6 @@ def test_another_batch_size_on_as_many_ranks_is_another_training(undisturbed, tr
 
 
 # ---------------------------------------------------------------- interruptions
-def await_images(run: Path, images: int, deadline: float = 100.0) -> None:
-    """Wait until a checkpoint of at least so many images lies in a training's folder."""
-    end = time.monotonic() + deadline
-    while not any(int(path.parent.name) >= images for path in run.glob("checkpoints/*/[0-9]*/.metadata")):
-        assert time.monotonic() < end, f"no checkpoint of {images} images"
-        time.sleep(0.005)
-
-
 def test_killed_at_random_moments_it_ends_the_same(undisturbed, train, given, tmp_path):
     moments = random.Random(time.time_ns())
     for _ in range(12):
@@ -213,23 +208,6 @@ def test_killed_at_random_moments_it_ends_the_same(undisturbed, train, given, tm
             (tmp_path / "component.json").unlink()
     result = train(tmp_path, *given, ranks=2)
     assert result.codes == [0, 0], result.text
-    identical(tmp_path, undisturbed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_rank_saves_all_and_asks_for_a_requeue(undisturbed, train, given, tmp_path, number):
-    train.start(tmp_path, *given, ranks=2)
-    await_images(tmp_path / RUN, 16)
-    os.kill(train.pids[1], number)
-    stopped = train.wait()
-    assert stopped.codes == [75, 75], stopped.text
-    marker = json.loads((tmp_path / RUN / "requeue").read_text())
-    assert marker["warned"] == (number == signal.SIGUSR1)  # by SLURM, ahead of its limit
-    assert 16 < marker["images"] < 96 and f"saved at {marker['images']} images" in stopped.text
-    assert not (tmp_path / "component.json").exists() and not (tmp_path / "component").exists()
-    again = train(tmp_path, *given, ranks=2)
-    assert again.codes == [0, 0] and f"resumed at {marker['images']} images" in again.text, again.text
-    assert not (tmp_path / RUN / "requeue").exists()
     identical(tmp_path, undisturbed)
 
 
@@ -263,16 +241,6 @@ def test_a_finished_training_is_done_and_without_its_record_exported_again(undis
     (folder / "component.json").unlink()
     result = train(folder, *given, ranks=2)
     assert result.codes == [0, 0] and "steps 24 to 24" in result.text, result.text
-    identical(folder, undisturbed)
-
-
-def test_other_code_trains_anew_from_the_start(undisturbed, train, given, tmp_path):
-    folder = shutil.copytree(undisturbed, tmp_path / "copy")
-    (mark,) = folder.glob("training/component/checkpoints/*/96.done")
-    mark.write_text("other code\n")
-    (folder / "component.json").unlink()
-    result = train(folder, *given, ranks=2)
-    assert result.codes == [0, 0] and "resumed" not in result.text and "steps 0 to 24" in result.text, result.text
     identical(folder, undisturbed)
 
 
@@ -329,74 +297,6 @@ def kill_at(replaces: int, function) -> bool:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, -signal.SIGKILL)
     return status != 0
-
-
-# ---------------------------------------------------------------- numbers that are none
-class Picky(torch.nn.Module):
-    """An image network with the call of FID's TorchScript file; what it makes of a black image is no number."""
-
-    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return img.float().mean((2, 3)) / (img.amax((1, 2, 3)) > 5).float()[:, None]
-
-
-@pytest.fixture
-def poisoned(tmp_path, settings):
-    """The arguments of a training whose images with these numbers, of 41 in three shards, make the loss NaN."""
-
-    def make(numbers) -> list[str]:
-        black = jpeg(Image.new("RGB", (40, 40)))
-        folder = tmp_path / "poisoned"
-        folder.mkdir()
-        samples = [make_sample(n) for n in range(41)]
-        for n in numbers:
-            samples[n][1]["jpg"] = black
-        tars = [write_tar(folder / f"{i}.tar", samples[a:b]) for i, (a, b) in enumerate(((0, 17), (17, 22), (22, 41)))]
-        write_manifest(folder / "manifest.json", "images", tars, {}, {"poisoned": list(numbers)})
-        network = tmp_path / "network"
-        network.mkdir()
-        torch.jit.script(Picky()).save(network / feature_networks.INCEPTION)
-        manifest = folder / "manifest.json"
-        files = [f"config={settings}", f"train={manifest}", f"held_out={manifest}", "output=component.json"]
-        return [*files, "loss.perceptual=0.1", f"loss.perceptual_network={network}"]
-
-    return make
-
-
-def events(folder: Path, event: str) -> list[dict]:
-    return [line for line in log(folder / RUN) if event in line.get("event", "")]
-
-
-def test_a_step_whose_loss_is_no_number_is_left_out(poisoned, train, tmp_path):
-    result = train(tmp_path, *poisoned([20]), "num_examples_to_see=40", ranks=2)
-    assert result.codes == [0, 0], result.text
-    about = record(tmp_path)
-    assert (about["skipped"], about["rollbacks"]) == (len(events(tmp_path, "skipped")), 0) and about["skipped"] == 1
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
-
-
-def test_after_too_many_it_goes_back_and_on_with_other_data_whatever_kills_it(poisoned, train, tmp_path):
-    given, moments = [*poisoned([20, 30]), "max_nonfinite=1", "max_rollbacks=50"], random.Random(time.time_ns())
-    for name in ("left alone", "killed"):
-        (tmp_path / name).mkdir()
-    result = train(tmp_path / "left alone", *given, ranks=2)
-    assert result.codes == [0, 0], result.text
-    about = record(tmp_path / "left alone")
-    assert about["rollbacks"] == len(events(tmp_path / "left alone", "rolled back")) > 0
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "left alone").values())
-    for _ in range(5):
-        train.start(tmp_path / "killed", *given, ranks=2)
-        time.sleep(moments.uniform(0.3, 2.0))
-        train.kill()
-        train.wait()
-    result = train(tmp_path / "killed", *given, ranks=2)
-    assert result.codes == [0, 0], result.text
-    identical(tmp_path / "killed", tmp_path / "left alone")
-
-
-def test_what_never_gets_better_ends(poisoned, train, tmp_path):
-    result = train(tmp_path, *poisoned(range(41)), "max_nonfinite=2", "max_rollbacks=2")
-    refused(result, "non-finite", "2 rollbacks to the checkpoint at 0 images", "optimizer.params.learning_rate")
-    assert not (tmp_path / "component.json").exists()
 
 
 # ---------------------------------------------------------------- switches

@@ -8,7 +8,6 @@ from latents and text states that lie ready, so that nothing but the step counts
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ from sdtrain import distributed
 from sdtrain.config import schema
 from sdtrain.config.load import load_config, load_run
 from sdtrain.training import checkpoint, objective, parallel, telemetry
-from sdtrain.training.diffusion_task import QUARTILES, DiffusionTask, Network
+from sdtrain.training.diffusion_task import QUARTILES, DiffusionTask
 from sdtrain.training.ema import Ema, trainable
 from sdtrain.training.optimizer import build_optimizer, state_by_name
 from sdtrain.training.step import Gradient, Sizes, all_reduce_report, apply_gradient, compute_gradient
@@ -73,12 +72,13 @@ class Ours(DiffusionTask):
 
     def __init__(self, params: dict, images: int, side: int, tokens: int, device=CPU, here=ALONE, strategy="ddp", **on):
         torch.manual_seed(0)
-        self.sizes, self.number = Sizes(here.rank, here.size, images, accumulation=1), 0
+        self.sizes, self.number = Sizes(here.rank, here.size, images, here.size * images), 0
         unet, bf16 = UNet2DConditionModel(**params).to(device).train(), on.get("bf16", False)
         self.batch = inputs(unet, images, side, tokens, device, seed=here.rank) | {"lost": {}}
         self.dataset = SimpleNamespace(empty_text=torch.zeros(1, tokens, unet.config.cross_attention_dim))
         optimizer = load_config(schema.OptimizerConfig, values={"fused": on.get("fused", True)})
-        self.settings = SimpleNamespace(objective=load_config(schema.ObjectiveConfig), optimizer=optimizer, seed=0)
+        self.settings = SimpleNamespace(objective=load_config(schema.ObjectiveConfig), optimizer=optimizer)
+        self.settings.experiment = SimpleNamespace(seed=0)
         self.losses = [f"q{i + 1}" for i in range(QUARTILES)]
         if on.get("checkpointing"):
             unet.enable_gradient_checkpointing()
@@ -87,23 +87,11 @@ class Ours(DiffusionTask):
         parallel.compile_model(unet, on.get("compile"))
         model = parallel.spread(unet, strategy, here.size, device, bf16)
         self.optimizer = build_optimizer(unet, optimizer)
-        self.net = Network(
-            parts=None,
-            unet=unet,
-            model=model,
-            ema=Ema(unet, 0.9999),
-            process=objective.process_of(DDPMScheduler(**SCHEDULE)).to(device),
-            encode_text=None,
-            empty_text=self.dataset.empty_text,
-            latents_shape=self.batch["latents"].shape[1:],
-            device=device,
-            autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-            kernel=contextlib.nullcontext(),
-            layout=torch.channels_last if on.get("channels_last") else torch.contiguous_format,
-            lora=False,
-            flops=0,
-        )
-        self.module, self.model, self.ema = unet, model, self.net.ema
+        self.module, self.model, self.ema = unet, model, Ema(unet, 0.9999)
+        self.process = objective.process_of(DDPMScheduler(**SCHEDULE)).to(device)
+        self.latents_shape, self.device = self.batch["latents"].shape[1:], device
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.layout = torch.channels_last if on.get("channels_last") else torch.contiguous_format
 
     def step(self) -> float:
         """Take one optimizer step of one micro-batch; return the loss of all ranks."""
@@ -125,14 +113,14 @@ class Ours(DiffusionTask):
 
     def state(self) -> dict:
         """What a checkpoint holds."""
-        moments = state_by_name(self.optimizer, self.net.unet)
-        return {"unet": trainable(self.net.unet), "optimizer": moments, "ema": self.net.ema.weights}
+        moments = state_by_name(self.optimizer, self.module)
+        return {"unet": trainable(self.module), "optimizer": moments, "ema": self.ema.weights}
 
     def bytes(self) -> int:
         """Of this rank's weights, gradients, moments and average."""
-        weights = list(self.net.unet.parameters())
+        weights = list(self.module.parameters())
         moments = [t for w in weights for t in self.optimizer.state[w].values()]
-        held = [*weights, *(w.grad for w in weights), *moments, *self.net.ema.weights.values()]
+        held = [*weights, *(w.grad for w in weights), *moments, *self.ema.weights.values()]
         return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held)
 
 
@@ -269,9 +257,9 @@ def compare_loops() -> Ours:
     ours, plain = Ours(SMALL, BATCH, SIDE, TOKENS), Plain(SMALL, BATCH, SIDE, TOKENS)
     rates = [[BATCH / taken for taken in times] for times in in_turn(ours.step, plain.step)]
     row("images a second of one process", (rates[0], "our step"), (rates[1], "plain loop"))
-    unet, weights = ours.net.unet, list(ours.net.unet.parameters())
+    unet, weights = ours.module, list(ours.module.parameters())
     foreach = EMAModel(weights, decay=0.9999, foreach=True)
-    updates = (lambda: ours.net.ema.update(unet, 100), lambda: plain.ema.step(weights), lambda: foreach.step(weights))
+    updates = (lambda: ours.ema.update(unet, 100), lambda: plain.ema.step(weights), lambda: foreach.step(weights))
     times = [[1000 * taken for taken in found] for found in in_turn(*updates)]
     row("moving average, ms", (times[0], "Ema"), (times[1], "EMAModel"))
     row("moving average, ms", (times[0], "Ema"), (times[2], "EMAModel, foreach"))

@@ -143,7 +143,7 @@ def test_another_world_size_goes_on_with_the_same_global_batch(undisturbed, tmp_
     os.kill(train.pids[0], signal.SIGTERM)
     assert train.wait().codes == [75, 75]
     alone = train(tmp_path, f"config={stage_yaml}", *LONG)
-    refused(alone, "saw 4 images a step, this launch 2", "system.global_batch=4")
+    refused(alone, "global batch of 4 images, but this launch has 2", "set system.global_batch=4")
     result = train(tmp_path, f"config={stage_yaml}", *LONG, "system.global_batch=4")
     assert result.codes == [0] and "resumed at" in result.text, result.text
     assert losses(tmp_path / RUN) == pytest.approx(losses(undisturbed), rel=0.01)

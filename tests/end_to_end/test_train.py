@@ -28,7 +28,6 @@ from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.stream import batches
 from sdtrain.io.files import write_json, write_text
 from sdtrain.models.pipeline import generate, load_pipeline
-from sdtrain.training import identity
 from sdtrain.training.diffusion_task import DiffusionTask, read_captions
 from sdtrain.training.loop import train as train_task
 
@@ -120,9 +119,10 @@ def test_a_process_has_the_threads_it_is_told(tmp_path, stage_values):
     """Seen at a training that is finished already: it sets them, and ends."""
     options = ["system.threads=3", f"experiment.log_dir={tmp_path}"]
     cfg, before = load_config(schema.StageConfig, values=stage_values, overrides=options), torch.get_num_threads()
-    write_json(tmp_path / "tiny/stage1/16/train.json", {"fingerprint": identity.identify(cfg, 2).key})
+    task = DiffusionTask(cfg)
+    write_json(tmp_path / "tiny/stage1/16/train.json", {"fingerprint": task.identify(2).key})
     try:
-        assert train_task(DiffusionTask(cfg), distributed.world({}), torch.device("cpu"), stop=None)
+        assert train_task(task, distributed.world({}), torch.device("cpu"), stop=None)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -243,7 +243,7 @@ def test_another_number_of_ranks_does_not_train_anew_unasked(by_milestones, tmp_
     forget(folder, 16)
     last = ("experiment.stop_at=16", "experiment.milestones=[0,8,16]")
     result = train(folder, f"config={freeze(tmp_path, stage_values)}", *last, ranks=2)
-    refused(result, "saw 2 images a step, this launch 4", "system.global_batch=2", "experiment.requeue=false")
+    refused(result, "global batch of 2 images", "launch has 4", "system.global_batch=2", "experiment.requeue=false")
     fitting = freeze(tmp_path, stage_values, "system.batch_size=1", "system.global_batch=2")
     result = train(folder, f"config={fitting}", *last, ranks=2)
     assert result.codes == [0, 0] and "resumed at 16 images" in result.text, result.text

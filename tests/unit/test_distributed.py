@@ -14,6 +14,7 @@ from sdtrain.config import schema
 from sdtrain.config.load import load_config
 from sdtrain.distributed import DistError, World
 from sdtrain.training import parallel
+from sdtrain.training.step import Sizes
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2", "SLURM_JOB_ID": "123456"}
@@ -90,9 +91,9 @@ def test_one_process_needs_no_group(alone):
     here, device = distributed.start()
     assert here == World(0, 1, 0, "single") and device.type in ("cpu", "cuda")
     assert distributed.all_reduce_sum(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
-    assert distributed.all_reduce_min(7, torch.device("cpu")) == 7 and distributed.gather_objects("a") == ["a"]
     assert (
         distributed.broadcast_object("a") == "a"
+        and distributed.gather_objects("a") == ["a"]
         and distributed.cpu_group() is None
         and distributed.silent_ranks() == []
     )
@@ -122,13 +123,13 @@ def test_processes_that_cannot_meet_say_where(alone):
 def agree(rank: int):
     sums = distributed.all_reduce_sum(torch.tensor([float(rank), 10.0])).tolist()
     assert distributed.cpu_group(1.0).size() == 2 and distributed.broadcast_object(["of", rank]) == ["of", 0]
-    return sums, distributed.all_reduce_min(5 - rank, torch.device("cpu")), distributed.gather_objects({"rank": rank})
+    return sums, distributed.gather_objects({"rank": rank})
 
 
 def test_ranks_add_up_and_agree():
-    (sums, least, gathered), other = run_ranks(agree, 2)
-    assert (sums, least) == other[:2] == ([1.0, 20.0], 4)
-    assert gathered == [{"rank": 0}, {"rank": 1}] and other[2] is None
+    (sums, gathered), other = run_ranks(agree, 2)
+    assert sums == other[0] == [1.0, 20.0]
+    assert gathered == [{"rank": 0}, {"rank": 1}] and other[1] is None
 
 
 def meet(rank: int, system) -> list[float]:
@@ -179,7 +180,8 @@ def system(**values):
     ],
 )
 def test_the_global_batch_decides_the_accumulation(values, world_size, expected):
-    assert parallel.batch_sizes(system(**values), world_size) == expected
+    micro_batch, global_batch = parallel.batch_sizes(system(**values), world_size)
+    assert (micro_batch, Sizes(0, world_size, micro_batch, global_batch).accumulation, global_batch) == expected
 
 
 def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
@@ -197,7 +199,7 @@ def test_auto_needs_a_gpu():
 
 def test_auto_needs_a_global_batch_of_whole_shares(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, None, 64)
+    assert parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, 64)
     for size in (None, 63):
         with pytest.raises(DistError, match=f"system.global_batch, a multiple of the 2 ranks; it is {size}"):
             parallel.batch_sizes(system(batch_size="auto", global_batch=size), 2)

@@ -161,14 +161,6 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def all_reduce_min(value: int, device: torch.device) -> int:
-    """Return the minimum of an integer over all ranks."""
-    found = torch.tensor(value, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return int(found)
-
-
 def cpu_group(timeout_minutes: float = 30.0) -> Any:
     """Return a gloo process group, with which checkpoints are written in the background; None for one process."""
     if not dist.is_initialized():

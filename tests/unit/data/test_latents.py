@@ -26,7 +26,7 @@ from sdtrain.data import images, latents, tars
 from sdtrain.data.manifest import read_manifest, write_manifest
 from sdtrain.data.verify import find_faults
 from sdtrain.errors import DataError
-from sdtrain.models.parts import TextEncoding, encode_images, load_part
+from sdtrain.models.parts import TextEncoding, encode_moments, load_part
 
 script = load_script("precompute_latents")
 EMOJI = Path(__file__).resolve().parents[3] / "resources/pretrained/emoji-autoencoder"
@@ -98,7 +98,7 @@ def test_latents_are_those_of_the_vae(made, source, tiny_parts):
     pairs = list(zip(samples_of(source), samples_of(made[0] / "manifest.json"), strict=True))
     for image, latent in pairs[::8]:
         prepared, found = images.prepare(image.read("jpg"), 32), load(latent.read("latent"))
-        expected = encode_images(vae, prepared["pixels"][None])[0]
+        expected = encode_moments(vae, prepared["pixels"][None])[0][0]
         assert found["latents"].dtype == torch.float16 and found["latents"].shape == (4, 16, 16)
         torch.testing.assert_close(found["latents"].float(), expected, atol=2e-3, rtol=2e-3)
         assert torch.equal(found["original_size"], prepared["original_size"])

@@ -30,7 +30,7 @@ from sdtrain.models.parts import (
     ModelError,
     TextEncoding,
     check_resolution,
-    encode_images,
+    encode_moments,
     load_part,
     load_parts,
     load_weights,
@@ -401,9 +401,9 @@ def test_the_kernel_that_is_named_computes_attention_and_its_gradient(build):
     for name in ("flash", "math", None):
         set_attention(unet, False, name, CPU)
         kernel = attention_kernel(name)
-        for _ in range(2):  # a context that can be entered again
+        for _ in range(2):  # a new context each time
             unet.zero_grad()
-            with kernel, Operators() as operators:
+            with kernel(), Operators() as operators:
                 output = unet.train()(latents, torch.tensor([1, 500]), encoder_hidden_states=states).sample
                 output.square().mean().backward()
         assert {flash, f"{flash}_backward"} <= operators.names if name != "math" else flash not in operators.names
@@ -509,16 +509,13 @@ def test_latents_are_scaled_and_full_precision(build):
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
-    latents = encode_images(vae, pixels)
-    assert latents.shape == (2, 4, 16, 16)
-    torch.testing.assert_close(latents, posterior.mean * 0.5)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    drawn = encode_images(vae, pixels, noise)
-    torch.testing.assert_close(drawn, 0.5 * (posterior.mean + posterior.std * noise))
+    mean, deviation = encode_moments(vae, pixels)
+    assert mean.shape == deviation.shape == (2, 4, 16, 16)
+    torch.testing.assert_close((mean, deviation), (posterior.mean * 0.5, posterior.std * 0.5))
     with torch.autocast("cpu", torch.bfloat16):
-        assert encode_images(vae, pixels, noise).dtype == torch.float32
+        assert {moment.dtype for moment in encode_moments(vae, pixels)} == {torch.float32}
     vae.register_to_config(shift_factor=0.25)
-    torch.testing.assert_close(encode_images(vae, pixels), (posterior.mean - 0.25) * 0.5)
+    torch.testing.assert_close(encode_moments(vae, pixels)[0], (posterior.mean - 0.25) * 0.5)
 
 
 # ---------------------------------------------------------------- network

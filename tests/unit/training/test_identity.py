@@ -49,7 +49,9 @@ def test_the_same_training_goes_on(own):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_another_global_batch_is_refused_with_what_to_set(own, frozen):
-    with pytest.raises(CheckpointError, match="saw 64 images a step, this launch 32 .*system.global_batch=64"):
+    with pytest.raises(
+        CheckpointError, match="global batch of 64 images, but this launch has 32 images; set system.global_batch=64"
+    ):
         claim(changed(with_batch(own, 32), frozen=frozen), anew=False)
     assert not with_batch(own, 32).saves.exists()
     claim(with_batch(own, 32), anew=True)
@@ -67,5 +69,17 @@ def test_what_the_workflow_planned_starts_beside_the_old(own):
     planned = changed(with_rate(own, 0.2), frozen=True)
     claim(planned, anew=False)
     assert sorted(os.listdir(own.folder / "checkpoints")) == sorted([own.key, planned.key])
-    with pytest.raises(CheckpointError, match="saw 64 images a step, this launch 16"):  # of either of them
+    with pytest.raises(CheckpointError, match="global batch of 64 images, but this launch has 16"):  # of either of them
         claim(changed(with_batch(own, 16), frozen=True), anew=False)
+
+
+def test_if_the_number_of_ranks_is_known_as_many_ranks_with_another_batch_are_an_edit(own):
+    remedies = "set batch_size for {} images", "delete it"
+    ranks = changed(own, folder=own.folder / "ranks", frozen=True, world_size=2, remedies=remedies)
+    claim(ranks, anew=False)
+    assert json.loads((ranks.saves / "about.json").read_text())["world_size"] == 2 and ranks.key == own.key
+    refusal = r"64 images \(world size 2\), .* 32 images \(world size 1\); set batch_size for 64 images, or delete it"
+    with pytest.raises(CheckpointError, match=refusal):
+        claim(changed(with_batch(ranks, 32), world_size=1), anew=False)
+    claim(with_batch(ranks, 32), anew=False)
+    assert with_batch(ranks, 32).saves.exists()

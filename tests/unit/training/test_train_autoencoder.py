@@ -36,6 +36,7 @@ from sdtrain.training import checkpoint
 from sdtrain.training.autoencoder_task import AutoencoderTask, export_component
 from sdtrain.training.optimizer import build_optimizer, state_by_name
 from sdtrain.training.progress import Progress
+from sdtrain.training.telemetry import start_wandb
 
 CPU = torch.device("cpu")
 RUN = Path("training/component")
@@ -179,7 +180,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batch(undisturbed,
     await_images(tmp_path / RUN, 16)
     os.kill(train.pids[0], signal.SIGTERM)
     assert train.wait().codes == [75, 75]
-    batches = "a global batch of 4 images on 2 ranks", "this launch has 2 on 1"
+    batches = "a global batch of 4 images (world size 2)", "this launch has 2 images (world size 1)"
     refused(train(tmp_path, *given), *batches, "set batch_size so that it is 4 again", "delete that folder")
     result = train(tmp_path, *given, "batch_size=4")
     assert result.codes == [0] and "resumed at" in result.text, result.text
@@ -350,7 +351,7 @@ def test_it_tells_wandb_whose_and_what_it_is(given, tmp_path, monkeypatch):
     task = AutoencoderTask(cfg, manifest, manifest, Path("component.json"))
     own = task.identify(4)
     own.folder.mkdir(parents=True)
-    run = task.start_wandb(own)
+    run = start_wandb(task.reported, own.folder, own.run_id)
     assert (run.project, run.name, run.id) == ("components", "component", own.run_id)
     assert run.config["params"]["latent_channels"] == 3
     run.finish()

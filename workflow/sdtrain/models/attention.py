@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,28 +42,14 @@ def set_attention(
         _use_xformers(unet)
 
 
-def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
-    """Return a reusable context in which torch computes attention with one kernel, or with its default without a name.
+def attention_kernel(name: str | None) -> Callable[[], contextlib.AbstractContextManager]:
+    """Return a function that makes a context in which torch computes attention with one kernel; its default for None.
 
     Kernels: flash (Dao et al. 2022, arXiv 2205.14135), efficient (Rabe & Staats 2021, arXiv 2112.05682), cudnn, math.
     Use it for the forward and backward pass of the UNet only (checkpointing repeats the forward in the backward): some
     kernels support neither the wide heads of a VAE nor the mask of a text encoder.
     """
-    return _Kernel(KERNELS[name]) if name else contextlib.nullcontext()
-
-
-class _Kernel:
-    """A reusable context: it creates a new `sdpa_kernel` of torch, which can be entered only once, at each entry."""
-
-    def __init__(self, backend: SDPBackend):
-        self.backend = backend
-
-    def __enter__(self):
-        self.context = sdpa_kernel(self.backend)
-        self.context.__enter__()
-
-    def __exit__(self, *error):
-        return self.context.__exit__(*error)
+    return functools.partial(sdpa_kernel, KERNELS[name]) if name else contextlib.nullcontext
 
 
 def _try_kernel(unet: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -69,7 +57,7 @@ def _try_kernel(unet: nn.Module, name: str, device: torch.device, dtype: torch.d
     for width in sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}):
         x = torch.ones(1, 1, 16, width, device=device, dtype=dtype, requires_grad=True)
         try:
-            with attention_kernel(name):
+            with attention_kernel(name)():
                 nn.functional.scaled_dot_product_attention(x, x, x).sum().backward()
         except RuntimeError as error:
             case = f"on {device.type} with {str(dtype).removeprefix('torch.')} and heads {width} wide"

@@ -313,15 +313,6 @@ class TextEncoding:
         return self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float()
 
 
-def encode_images(vae: Any, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the scaled latents, float32 N x C x h x w, of images N x 3 x H x W in [-1, 1].
-
-    They are the mean of the posterior or, with standard normal `noise` of their shape, mean + deviation * noise.
-    """
-    mean, deviation = encode_moments(vae, pixels)
-    return mean if noise is None else mean + deviation * noise
-
-
 @torch.no_grad()
 def encode_moments(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and deviation of the posterior of images N x 3 x H x W in [-1, 1], both float32 and scaled."""

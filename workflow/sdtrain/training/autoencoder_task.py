@@ -15,26 +15,26 @@ from PIL import Image
 
 from sdtrain import distributed
 from sdtrain.config import schema
-from sdtrain.config.fingerprint import decisive_keys, differences, record_fingerprint
+from sdtrain.config.fingerprint import decisive_keys, record_fingerprint
 from sdtrain.config.schema_data import AutoencoderConfig
 from sdtrain.data.datasets import ImageDataset
 from sdtrain.data.manifest import read_manifest
 from sdtrain.errors import ConfigError, DataError
-from sdtrain.io.files import atomic_path, read_json, replace_folder, temporary_path, write_json
+from sdtrain.io.files import atomic_folder, atomic_path, write_json
 from sdtrain.models import autoencoder, feature_networks
 from sdtrain.models.pipeline import grid
 from sdtrain.training import objective, parallel
-from sdtrain.training.checkpoint import CheckpointError
 from sdtrain.training.ema import Ema, trainable
 from sdtrain.training.identity import Identity
 from sdtrain.training.task import LoopSettings, Task
-from sdtrain.training.telemetry import Telemetry, start_wandb
+from sdtrain.training.telemetry import Telemetry
 
 STATISTICS_IMAGES = 512  # images from which mean and standard deviation of the latents are measured
 MEASURED_IMAGES = 256  # held-out images on which the exported component is measured
 SAVE_IMAGES = 32  # held-out images that are measured at every save
 PAIRS = 16  # images of a picture in samples/
 CHUNK = 16  # images per forward pass without a gradient
+REMEDIES = "set batch_size so that it is {} again", "delete that folder"  # see Identity
 
 
 class AutoencoderTask(Task):
@@ -44,29 +44,24 @@ class AutoencoderTask(Task):
         """`train` and `held_out` are manifests of images, `output` the record of the component."""
         check(settings)
         self.config, self.train, self.held_out = settings, train, held_out
-        self.record, self.label, self.folder = output, output.stem, training_folder(output)
+        self.record, self.label = output, output.stem
+        self.folder = output.parent / "training" / output.stem  # not in the component, which is replaced whole
         self.losses = [name for name in autoencoder.TERMS if settings.loss[name]]
         self.settings = LoopSettings(
-            system=schema.SystemConfig(batch_size=settings.batch_size),
+            experiment=settings,
+            loader=settings,
+            system=schema.SystemConfig(batch_size=settings.batch_size, threads=settings.threads),
             optimizer=settings.optimizer,
             lr_scheduler=settings.lr_scheduler,
-            objective=schema.ObjectiveConfig(),
-            num_examples_to_see=settings.num_examples_to_see,
             milestone=settings.num_examples_to_see,
-            milestones=[],
-            save_every=settings.save_every,
-            log_every=settings.log_every,
-            max_nonfinite=settings.max_nonfinite,
-            max_rollbacks=settings.max_rollbacks,
-            keep_checkpoints=2,
-            requeue=True,
-            workers=settings.workers,
-            prefetch=settings.prefetch,
-            max_lost=schema.DatasetParams.max_lost,
-            seed=settings.seed,
-            threads=settings.threads,
             timeout_minutes=settings.distributed.timeout_minutes,
         )
+        plain: Any = OmegaConf.to_container(settings, resolve=True)
+        self.plain = plain
+        # The run's key, entity and server are those of the environment
+        wandb = {"api_key": None, "entity": None, "mode": settings.wandb_mode}
+        experiment = {"project": "components", "name": self.label}
+        self.reported = OmegaConf.create({**plain, "wandb": wandb, "experiment": experiment})
 
     # ------------------------------------------------------------ identity
     def identify(self, global_batch: int) -> Identity:
@@ -75,28 +70,8 @@ class AutoencoderTask(Task):
         sources = {"dataset": read_manifest(self.train)["fingerprint"]}
         if self.config.loss.perceptual:
             sources["network"] = record_fingerprint(f"{self.config.loss.perceptual_network}.json")
-        return Identity(self.folder, sources, decisive, frozen=True)
-
-    def claim(self, own: Identity, world_size: int) -> None:
-        """Mark the folder as this training's. Raise CheckpointError if only the world size would start it anew."""
-        for file in own.folder.glob("checkpoints/*/about.json"):
-            other = read_json(file)
-            differ = differences(other["decisive"], own.decisive) + differences(other["sources"], own.sources)
-            if differ == ["system.global_batch"] and other["world_size"] != world_size and not own.saves.is_dir():
-                before, now = (about["decisive"]["system"]["global_batch"] for about in (other, own.about))
-                raise CheckpointError(
-                    f"{file.parent}: these checkpoints were written with a global batch of {before} images on "
-                    f"{other['world_size']} ranks, and this launch has {now} on {world_size}; set batch_size so that "
-                    f"it is {before} again, or delete that folder"
-                )
-        write_json(own.saves / "about.json", {**own.about, "world_size": world_size})
-
-    def start_wandb(self, own: Identity) -> Any:
-        """Return a wandb run of the project components; its key, entity and server are those of the environment."""
-        who: dict[str, Any] = {"wandb": {"api_key": None, "entity": None, "mode": self.config.wandb_mode}}
-        who["experiment"] = {"project": "components", "name": own.folder.name}
-        plain: Any = OmegaConf.to_container(self.config, resolve=True)
-        return start_wandb(OmegaConf.create({**plain, **who}), own.folder, own.run_id)
+        world_size = global_batch // self.config.batch_size
+        return Identity(self.folder, sources, decisive, frozen=True, world_size=world_size, remedies=REMEDIES)
 
     # ------------------------------------------------------------ network and losses
     def build(self, here: distributed.World, device: torch.device, global_batch: int) -> None:
@@ -146,8 +121,8 @@ class AutoencoderTask(Task):
         return each.sum()
 
     def log_values(self, mean: float, each: list[float]) -> dict[str, float]:
-        """Return the loss and its terms."""
-        return {"loss": sum(each), **{f"loss_{name}": value for name, value in zip(self.losses, each, strict=True)}}
+        """Return the loss, the sum of its terms, and the terms."""
+        return super().log_values(sum(each), each)
 
     # ------------------------------------------------------------ quality
     def before_save(self, telemetry: Telemetry, images: int, position: int) -> None:
@@ -190,15 +165,14 @@ class AutoencoderTask(Task):
         normalise(shipped, dataset, self.device)
         quality = self.measure(shipped.half().float(), MEASURED_IMAGES)
         if self.here.is_main:
-            config = OmegaConf.to_container(self.config, resolve=True)
-            record = {"source": "train", **facts, "held_out": quality, "config": config}
+            record = {"source": "train", **facts, "held_out": quality, "config": self.plain}
             export_component(shipped.half(), record, self.folder, self.record)
         return quality
 
 
 # ---------------------------------------------------------------- settings
 def check(settings: DictConfig) -> None:
-    """Raise ConfigError or DistError for values that no training can have."""
+    """Raise ConfigError or DistError for losses that cannot be computed and for sharding."""
     weights = {name: settings.loss[name] for name in autoencoder.TERMS}
     if not any(weight for name, weight in weights.items() if name != "kl"):
         raise ConfigError(f"loss: {weights}: one besides kl must be above 0, such as loss.l1=1")
@@ -207,11 +181,6 @@ def check(settings: DictConfig) -> None:
         raise ConfigError(f"loss.perceptual_network: loss.perceptual needs one: {remedy}")
     if settings.distributed.strategy != "ddp":
         raise distributed.DistError("distributed.strategy: an autoencoder is not sharded; set it to ddp")
-
-
-def training_folder(output: Path) -> Path:
-    """Return the folder of a component's checkpoints, log and samples: the component itself is replaced whole."""
-    return output.parent / "training" / output.stem
 
 
 # ---------------------------------------------------------------- images and export
@@ -243,12 +212,10 @@ def normalise(vae: Any, dataset: ImageDataset, device: torch.device) -> None:
 
 def export_component(vae: Any, facts: dict, folder: Path, output: Path) -> None:
     """Write the component atomically, with its log and samples, and its record last."""
-    temporary = temporary_path(output.with_suffix(""))
-    shutil.rmtree(temporary, ignore_errors=True)
-    vae.save_pretrained(temporary, safe_serialization=True)
-    shutil.copytree(folder / "samples", temporary / "samples")
-    shutil.copyfile(folder / "log.jsonl", temporary / "log.jsonl")
-    write_json(temporary / "training.json", facts)
-    output.unlink(missing_ok=True)  # an older record must not describe the new folder
-    replace_folder(temporary, output.with_suffix(""))
+    with atomic_folder(output.with_suffix("")) as temporary:
+        vae.save_pretrained(temporary, safe_serialization=True)
+        shutil.copytree(folder / "samples", temporary / "samples")
+        shutil.copyfile(folder / "log.jsonl", temporary / "log.jsonl")
+        write_json(temporary / "training.json", facts)
+        output.unlink(missing_ok=True)  # an older record must not describe the new folder
     write_json(output, facts)

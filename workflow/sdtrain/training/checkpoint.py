@@ -65,12 +65,11 @@ class Checkpoints:
         """Copy the current state and write it as `{images}` in the background. Raise what `finish` raises."""
         self.finish()
         temporary = temporary_path(self.folder / str(images))
-        if self.main:
-            with self._named(images):
+        with self._named(images):
+            if self.main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True, exist_ok=True)
-        writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)  # staged on the CPU already: no GPU is asked
-        with self._named(images):
+            writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)  # staged on the CPU: no GPU is asked
             future = dcp.async_save(
                 self.state, storage_writer=writer, process_group=self.group, no_dist=self.group is None
             )

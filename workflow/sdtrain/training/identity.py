@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdtrain.config.fingerprint import (
     code_digest,
-    decisive_keys,
     differences,
     fingerprint,
     record_fingerprint,
@@ -23,15 +21,27 @@ from sdtrain.io.files import read_json, write_json
 from sdtrain.models.parts import PARTS, ModelError
 from sdtrain.training.checkpoint import CheckpointError
 
+REMEDIES = (  # of a stage, see Identity
+    "set system.global_batch={} (gradient_accumulation follows)",
+    "start anew with experiment.requeue=false, or in another folder with experiment.name=…",
+)
+
 
 @dataclass(frozen=True)
 class Identity:
-    """The folder of a training and all that decides its weights; `key` is the fingerprint of the latter."""
+    """The folder of a training and all that decides its weights; `key` is the fingerprint of the latter.
+
+    `frozen` says that the configuration is one that the workflow has frozen. `world_size` is set for a configuration
+    that gives the images of each rank instead of the global batch. `remedies` are two parts of error messages: how to
+    keep a global batch, and how to start anew.
+    """
 
     folder: Path
     sources: dict[str, str]
     decisive: dict
     frozen: bool
+    world_size: int | None = None
+    remedies: tuple[str, str] = REMEDIES
 
     @property
     def key(self) -> str:
@@ -51,15 +61,8 @@ class Identity:
     @property
     def about(self) -> dict:
         """Return the description that is written beside the checkpoints."""
-        return {"key": self.key, "sources": self.sources, "decisive": self.decisive}
-
-
-def identify(cfg, global_batch: int) -> Identity:
-    """Return the identity of a stage's training. Raise ModelError for latents that other networks made."""
-    sources = source_fingerprints(cfg)
-    check_latents(cfg, sources)
-    decisive = {**decisive_keys(cfg), "system": {"global_batch": global_batch}}
-    return Identity(run_folder(cfg), sources, decisive, bool(cfg.frozen))
+        ranks = {} if self.world_size is None else {"world_size": self.world_size}
+        return {"key": self.key, "sources": self.sources, "decisive": self.decisive, **ranks}
 
 
 def run_folder(cfg) -> Path:
@@ -74,27 +77,34 @@ def claim(own: Identity, anew: bool) -> None:
     """Mark the folder as this training's. Raise CheckpointError if it has another's checkpoints, unless `anew`.
 
     A frozen configuration was edited on purpose, so it trains anew beside the old checkpoints. A different global batch
-    alone is an error all the same, since it usually comes from a different number of ranks.
+    alone is an error all the same, since it usually comes from a different number of ranks; if the checkpoints tell
+    their number of ranks, it is an error only if that differs, too.
     """
     if not own.saves.is_dir() and not anew:
         for file in sorted(own.folder.glob("checkpoints/*/about.json"), key=os.path.getmtime, reverse=True):
-            other = json.loads(file.read_text())
+            other = read_json(file)
             differ = differences(other["decisive"], own.decisive)
             differ += differences(other["sources"], own.sources, "the fingerprint of ")
-            if differ == ["system.global_batch"] or not own.frozen:
-                raise CheckpointError(_refusal(file.parent, other["decisive"], own.decisive, differ))
+            same_ranks = own.world_size is not None and own.world_size == other["world_size"]
+            if not own.frozen or (differ == ["system.global_batch"] and not same_ranks):
+                raise CheckpointError(_refusal(file.parent, other, own, differ))
     write_json(own.saves / "about.json", own.about)
 
 
-def _refusal(saves: Path, theirs: dict, ours: dict, differ: list[str]) -> str:
-    remedy = "start anew with experiment.requeue=false, or in another folder with experiment.name=…"
-    if differ == ["system.global_batch"]:
-        before, now = theirs["system"]["global_batch"], ours["system"]["global_batch"]
-        return (
-            f"{saves}: these checkpoints saw {before} images a step, this launch {now} on all its ranks; "
-            f"go on with system.global_batch={before} (gradient_accumulation follows), or {remedy}"
-        )
-    return f"{saves}: these checkpoints are of another training ({', '.join(differ)} differ); {remedy}"
+def _refusal(saves: Path, other: dict, own: Identity, differ: list[str]) -> str:
+    same_batch, start_anew = own.remedies
+    if differ != ["system.global_batch"]:
+        return f"{saves}: these checkpoints belong to another training ({', '.join(differ)} differ); {start_anew}"
+    remedy = same_batch.format(other["decisive"]["system"]["global_batch"])
+    return (
+        f"{saves}: these checkpoints were written with a global batch of {_batch(other)}, but this launch has "
+        f"{_batch(own.about)}; {remedy}, or {start_anew}"
+    )
+
+
+def _batch(about: dict) -> str:
+    ranks = f" (world size {about['world_size']})" if "world_size" in about else ""
+    return f"{about['decisive']['system']['global_batch']} images{ranks}"
 
 
 def code() -> str:

@@ -15,19 +15,19 @@ from sdtrain.training.optimizer import build_optimizer, learning_rate, state_by_
 from sdtrain.training.progress import Progress
 from sdtrain.training.step import Sizes, all_reduce_report, apply_gradient, compute_gradient
 from sdtrain.training.task import Task
-from sdtrain.training.telemetry import Telemetry
+from sdtrain.training.telemetry import Telemetry, start_wandb
 
 
 def train(task: Task, here: distributed.World, device: torch.device, stop: distributed.StopHandler) -> bool:
     """Train from the last checkpoint to the milestone, and export it. Return False if a signal came before."""
-    s = task.settings
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    torch.manual_seed(s.seed)
+    s, e = task.settings, task.settings.experiment
+    if s.system.threads:
+        torch.set_num_threads(s.system.threads)
+    torch.manual_seed(e.seed)
 
     # Sizes: steps count optimizer steps, images count those of all ranks
-    micro_batch, accumulation, global_batch = parallel.batch_sizes(s.system, here.size)
-    steps = math.ceil(s.num_examples_to_see / global_batch)
+    micro_batch, global_batch = parallel.batch_sizes(s.system, here.size)
+    steps = math.ceil(e.num_examples_to_see / global_batch)
     last = math.ceil(s.milestone / global_batch)
     ends = {m: math.ceil(m / global_batch) * global_batch for m in s.milestones}  # each with a whole batch
     previous = max((end for m, end in ends.items() if m < s.milestone), default=-1)
@@ -40,7 +40,7 @@ def train(task: Task, here: distributed.World, device: torch.device, stop: distr
             print(f"{task.record}: finished already", flush=True)
         return True
     if here.is_main:
-        task.claim(own, here.size)
+        identity.claim(own, anew=not s.requeue)
         (own.folder / "requeue").unlink(missing_ok=True)
 
     # Data, network, optimizer
@@ -73,22 +73,21 @@ def train(task: Task, here: distributed.World, device: torch.device, stop: distr
         saves.finish()
 
     # Stream of batches from the position of the checkpoint, and the log
-    if micro_batch is None or accumulation is None:
+    if micro_batch is None:
         micro_batch = task.find_micro_batch(global_batch // here.size)
-        accumulation = global_batch // here.size // micro_batch
-    sizes = Sizes(here.rank, here.size, micro_batch, accumulation)
+    sizes = Sizes(here.rank, here.size, micro_batch, global_batch)
     parallel.warm_up_ddp_buckets(task.model, lambda: task.dummy_pass(sizes.micro_batch))
     position = first * global_batch + progress["moved"]
     ranks = {"start": position, "rank": here.rank, "world_size": here.size}
-    loaded = batches(task.dataset, micro_batch, **ranks, workers=s.workers, max_lost=s.max_lost)
-    stream = prefetched(loaded, s.prefetch, pin=device.type == "cuda")
+    loaded = batches(task.dataset, micro_batch, **ranks, workers=s.loader.workers, max_lost=s.max_lost)
+    stream = prefetched(loaded, s.loader.prefetch, pin=device.type == "cuda")
     logs = here.is_main and last > first
     telemetry = Telemetry(
         own.folder / "log.jsonl" if logs else None,
         total=last * global_batch,
         start=first * global_batch,
         label=task.label,
-        wandb=task.start_wandb(own) if logs else None,
+        wandb=start_wandb(task.reported, own.folder, own.run_id) if logs else None,
         quiet=not here.is_main,
         position=position,
         world_size=here.size,
@@ -98,7 +97,7 @@ def train(task: Task, here: distributed.World, device: torch.device, stop: distr
     )
     if here.is_main:
         weights = sum(p.numel() for p in trainable(task.module).values()) / 1e6
-        batch = f"global batch {global_batch} ({accumulation} x {micro_batch} per rank)"
+        batch = f"global batch {global_batch} ({sizes.accumulation} x {micro_batch} per rank)"
         about = f"{task.dataset.describe()}; {weights:.1f} M weights, world size {here.size}, {batch}"
         print(f"{own.folder}: {about}, steps {first:,} to {last:,} of {steps:,}", flush=True)
 
@@ -129,8 +128,8 @@ def train(task: Task, here: distributed.World, device: torch.device, stop: distr
             saves.finish()
 
         # Rollback: after too many skipped steps in a row, resume from the last checkpoint with the data that follow
-        if progress["in_a_row"] >= s.max_nonfinite:
-            back = progress.roll_back(saves, step * global_batch, s.max_rollbacks)
+        if progress["in_a_row"] >= e.max_nonfinite:
+            back = progress.roll_back(saves, step * global_batch, e.max_rollbacks)
             telemetry.rewind(back)
             telemetry.note(back, "rolled back to the last checkpoint", position)
             step, waited = back // global_batch, 0.0
@@ -138,7 +137,7 @@ def train(task: Task, here: distributed.World, device: torch.device, stop: distr
 
         # Log
         images = step * global_batch
-        if step % s.log_every == 0 or step == last:
+        if step % e.log_every == 0 or step == last:
             values = task.log_values(*progress.take_losses())
             values |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": gradient.norm.item()}
             values |= {"skipped": progress["skipped"], "data_wait": waited}
@@ -146,7 +145,7 @@ def train(task: Task, here: distributed.World, device: torch.device, stop: distr
             waited = 0.0
 
         # Save in the background, but not during a series of skipped steps; measure and draw what was learned
-        due = (step % s.save_every == 0 and not report.bad) or step == last
+        due = (step % e.save_every == 0 and not report.bad) or step == last
         if due or stop.agreed:
             with telemetry.excluded():
                 if due:

@@ -15,14 +15,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sdtrain.distributed import DistError, all_reduce_min
+from sdtrain.distributed import DistError, all_reduce_sum
 
 
-def batch_sizes(system: Any, world_size: int) -> tuple[int | None, int | None, int]:
-    """Return images per micro-batch, micro-batches per step and rank, and images per step on all ranks.
+def batch_sizes(system: Any, world_size: int) -> tuple[int | None, int]:
+    """Return images per micro-batch, and images per step on all ranks, a multiple of the former on each rank.
 
-    With `system.batch_size=auto` the first two are None: they are measured later. Raise DistError for sizes that do
-    not divide.
+    With `system.batch_size=auto` the first is None: it is measured later. Raise DistError for sizes that do not divide.
     """
     micro, step = system.batch_size, system.global_batch
     if micro == "auto":
@@ -32,16 +31,16 @@ def batch_sizes(system: Any, world_size: int) -> tuple[int | None, int | None, i
             raise DistError(
                 f"system.batch_size: auto needs system.global_batch, a multiple of the {world_size} ranks; it is {step}"
             )
-        return None, None, step
+        return None, step
     if step is None:
-        return micro, system.gradient_accumulation, micro * system.gradient_accumulation * world_size
+        return micro, micro * system.gradient_accumulation * world_size
     if step % (micro * world_size):
         near = max(1, round(step / (micro * world_size))) * micro * world_size
         raise DistError(
             f"system.global_batch: {step} is not a multiple of {world_size} ranks x system.batch_size={micro}; "
             f"set it to {near}, or another batch_size"
         )
-    return micro, step // (micro * world_size), step
+    return micro, step
 
 
 def blocks(unet: Any) -> list[nn.Module]:
@@ -142,7 +141,7 @@ def largest_that_fits(share: int, attempt: Callable[[int], None], device: torch.
             fits = torch.cuda.max_memory_allocated(device) < 0.9 * torch.cuda.get_device_properties(device).total_memory
         except torch.OutOfMemoryError:
             fits = False
-        if not all_reduce_min(int(fits), device):
+        if all_reduce_sum(torch.tensor(int(not fits), device=device)):  # too many for any rank
             break
         best = count
     if not best:

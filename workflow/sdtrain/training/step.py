@@ -20,12 +20,12 @@ class Sizes:
     rank: int
     world_size: int
     micro_batch: int
-    accumulation: int
+    global_batch: int  # images of an optimizer step, a multiple of world_size * micro_batch
 
     @property
-    def global_batch(self) -> int:
-        """Return the images of an optimizer step."""
-        return self.world_size * self.micro_batch * self.accumulation
+    def accumulation(self) -> int:
+        """Return the micro-batches of a rank in an optimizer step."""
+        return self.global_batch // (self.world_size * self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def compute_gradient(task: Task, next_batch: Callable[[], dict], position: int, 
         waited += time.perf_counter() - begin
         slot = (micro * sizes.world_size + sizes.rank) * sizes.micro_batch
         slots = range(slot, slot + sizes.micro_batch)
-        draws = objective.draw(s.objective, s.seed, position, sizes.global_batch, slots)
+        draws = objective.draw(s.objective, s.experiment.seed, position, sizes.global_batch, slots)
         torch.manual_seed(draws.offset_seeds[0])  # of dropout inside the network
         with parallel.reduce_gradients(task.model, now=micro + 1 == sizes.accumulation):
             loss = task.loss(batch, draws, losses, images)
-            with task.kernel:  # activations that were not kept are computed again
+            with task.kernel():  # activations that were not kept are computed again
                 (loss / sizes.accumulation).backward()
         lost = sum(batch["lost"].values())
     norm = parallel.clip_gradients(task.module, s.optimizer.max_grad_norm)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sdtrain.config import schema
 from sdtrain.config.keys import all_keys
 from sdtrain.config.load import load_config
+from sdtrain.errors import ConfigError
 from sdtrain.training import objective
 
 STEPS = 1000
@@ -185,7 +186,7 @@ def test_flow_schedulers_are_understood(name):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_a_flow_that_the_pipeline_cannot_sample_is_refused(scheduler):
-    with pytest.raises(objective.ObjectiveError, match="model.scheduler: .*target to DPMSolverMultistep") as error:
+    with pytest.raises(ConfigError, match="model.scheduler: .*target to DPMSolverMultistep") as error:
         objective.process_of(scheduler)
     assert type(scheduler).__name__ in str(error.value) and "\n" not in str(error.value)
 
@@ -214,7 +215,7 @@ def test_an_unknown_prediction_is_refused(scheduler):
     ids=["DDIM", "Euler", "trained_betas"],
 )
 def test_noise_prediction_at_zero_terminal_snr_is_refused(scheduler):
-    with pytest.raises(objective.ObjectiveError, match="model.scheduler.params.prediction_type to v_prediction"):
+    with pytest.raises(ConfigError, match="model.scheduler.params.prediction_type to v_prediction"):
         objective.process_of(scheduler)
 
 
@@ -249,7 +250,7 @@ def test_weights_of_a_real_schedule_are_finite_and_of_one_objective(scheduler):
 
 def test_min_snr_weights_of_a_flow_are_refused():
     t = torch.tensor([500.0])
-    with pytest.raises(objective.ObjectiveError, match="objective.snr_gamma: .*set it to null"):
+    with pytest.raises(ConfigError, match="objective.snr_gamma: .*set it to null"):
         weights(process("flow_prediction"), t, snr_gamma=5.0)
     assert weights(process("flow_prediction"), t).tolist() == [1.0]
 

@@ -25,7 +25,8 @@ from wandb.proto import wandb_internal_pb2
 
 from sdtrain.config import schema
 from sdtrain.config.load import load_config
-from sdtrain.training.telemetry import Telemetry, TelemetryError, peak_flops, start_wandb, training_flops
+from sdtrain.errors import ConfigError
+from sdtrain.training.telemetry import Telemetry, peak_flops, start_wandb, training_flops
 
 
 def lines(path) -> list[dict]:
@@ -452,7 +453,7 @@ def test_a_key_means_online_and_no_server_one_message(tmp_path, environment, whe
     if where == "netrc":
         host = os.environ["WANDB_BASE_URL"].removeprefix("http://")
         Path(os.environ["NETRC"]).write_text(f"machine {host}\n  login user\n  password {SECRET}\n")
-    with pytest.raises(TelemetryError) as error:
+    with pytest.raises(ConfigError) as error:
         start_wandb(cfg, tmp_path / "run", "abc")
     message = str(error.value)
     assert message.startswith("wandb.mode=online: ") and "set wandb.mode=offline" in message and "\n" not in message
@@ -464,7 +465,7 @@ def test_a_key_means_online_and_no_server_one_message(tmp_path, environment, whe
 
 def test_online_without_a_key_is_one_message(tmp_path, environment):
     with pytest.raises(
-        TelemetryError, match=r"^wandb.mode=online: no key is known: run wandb login, or set WANDB_API_KEY"
+        ConfigError, match=r"^wandb.mode=online: no key is known: run wandb login, or set WANDB_API_KEY"
     ):
         start_wandb(stage(tmp_path, mode="online"), tmp_path, "abc")
 
@@ -475,7 +476,7 @@ def test_online_without_a_key_is_one_message(tmp_path, environment):
 def test_what_wandb_refuses_is_one_message(tmp_path, environment, bad):
     for name, value in bad.items():
         environment.setenv(name, value)
-    with pytest.raises(TelemetryError) as error:
+    with pytest.raises(ConfigError) as error:
         start_wandb(stage(tmp_path), tmp_path, "abc")
     message = str(error.value)
     assert (

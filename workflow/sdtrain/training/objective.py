@@ -18,16 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdtrain.errors import SDTrainError
+from sdtrain.errors import ConfigError
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
 STREAM = 3  # sub-stream of random numbers below a run's seed; the loader uses others
 EDGE = 2.0**-53  # smallest distance of a draw from 0 and from 1
-
-
-class ObjectiveError(SDTrainError, ValueError):
-    """A scheduler or setting that cannot be used for training."""
 
 
 # ---------------------------------------------------------------- forward processes
@@ -71,7 +67,7 @@ class Process:
 def process_of(scheduler: Any) -> Process:
     """Return the forward process that a diffusers scheduler reverses.
 
-    Raise ObjectiveError for a scheduler of another kind, for one with which StableDiffusionPipeline cannot sample flow
+    Raise ConfigError for a scheduler of another kind, for one with which StableDiffusionPipeline cannot sample flow
     matching, and for noise prediction with zero terminal SNR, where x_t is the noise itself (Lin et al. 2023, arXiv
     2305.08891, section 3.3).
     """
@@ -81,13 +77,13 @@ def process_of(scheduler: Any) -> Process:
         _check_flow(name, config)
         return Process(FLOW, config.num_train_timesteps, None)
     if prediction not in DIFFUSION or alphas is None:
-        raise ObjectiveError(
+        raise ConfigError(
             f"model.scheduler: {name} with prediction_type {prediction} has no training objective; set "
             f"model.scheduler.params.prediction_type to one of {', '.join((*DIFFUSION, FLOW))}, and "
             "model.scheduler.target to a scheduler of StableDiffusionPipeline such as DDIMScheduler"
         )
     if prediction == "epsilon" and (config.get("rescale_betas_zero_snr") or alphas[-1] == 0):
-        raise ObjectiveError(
+        raise ConfigError(
             "model.scheduler: at zero terminal SNR, prediction_type epsilon gives no gradient at the last step; "
             "set model.scheduler.params.prediction_type to v_prediction"
         )
@@ -95,11 +91,11 @@ def process_of(scheduler: Any) -> Process:
 
 
 def _check_flow(name: str, config: Any) -> None:
-    """Raise ObjectiveError if a scheduler samples at other noise levels than those of training, or ends above zero."""
+    """Raise ConfigError if a scheduler samples at other noise levels than those of training, or ends above zero."""
     levels = [k for k in config if k.startswith("use_") and k.endswith(("_sigmas", "_lambdas")) and config[k]]
     found = (config.get("prediction_type"), levels, config.get("final_sigmas_type"))
     if found != (FLOW, ["use_flow_sigmas"], "zero"):
-        raise ObjectiveError(
+        raise ConfigError(
             f"model.scheduler: StableDiffusionPipeline cannot sample flow matching with this {name}; set "
             "model.scheduler.target to DPMSolverMultistepScheduler or UniPCMultistepScheduler, and of its params "
             f"prediction_type to {FLOW}, use_flow_sigmas to true, and no other use_*_sigmas nor final_sigmas_type"
@@ -177,10 +173,10 @@ def min_snr(process: Process, t: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return the weights float32 N of min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556).
 
     With SNR = a / (1 - a), a weight is min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v, and
-    min(SNR, gamma) for x0. Raise ObjectiveError for flow matching, whose weighting is the distribution of timesteps.
+    min(SNR, gamma) for x0. Raise ConfigError for flow matching, whose weighting is the distribution of timesteps.
     """
     if process.alphas_cumprod is None:
-        raise ObjectiveError(
+        raise ConfigError(
             "objective.snr_gamma: flow matching has no min-SNR weights; set it to null, and "
             "objective.timesteps=logit_normal to give more weight to the middle of the process"
         )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sdtrain.errors import SDTrainError
+from sdtrain.errors import ConfigError
 from sdtrain.io.files import write_text
 from sdtrain.io.logs import read_log_line
 
@@ -52,10 +52,6 @@ PEAKS = {  # TFLOP/s of one device: bf16 (fp16 where there is no bf16), TF32, fp
     "T4": (65, 8.1, 8.1),
 }
 PLAIN = r"NVIDIA|TESLA|GEFORCE|SXM\d?|PCIE|HBM3E?|\d+GB?"  # words of a name that do not make another device of it
-
-
-class TelemetryError(SDTrainError, RuntimeError):
-    """A log that cannot be started."""
 
 
 # ---------------------------------------------------------------- model FLOPs
@@ -287,7 +283,7 @@ def start_wandb(cfg: Any, folder: Path, run_id: str) -> Any:
     """Return a wandb run: online if a key is known, else offline. The key is written to no file and no log.
 
     `cfg` has the sections `wandb` and `experiment` of a stage. `run_id` names the run, so that a resumed training
-    continues it. The key is wandb.api_key, WANDB_API_KEY or that of `wandb login`. Raise TelemetryError if the server
+    continues it. The key is wandb.api_key, WANDB_API_KEY or that of `wandb login`. Raise ConfigError if the server
     is not reached in WANDB_INIT_TIMEOUT seconds (by default 90) or refuses.
     """
     mode: Any = os.environ.get("WANDB_MODE") or cfg.wandb.mode
@@ -320,7 +316,7 @@ def start_wandb(cfg: Any, folder: Path, run_id: str) -> Any:
     except (wandb.Error, ValueError) as error:
         wandb.teardown()
         reason = " ".join(str(error).split()).replace(os.environ.get("WANDB_API_KEY") or "\n", "the key")
-        raise TelemetryError(
+        raise ConfigError(
             f"wandb.mode={mode or 'online'}: {reason}; correct that, or set wandb.mode=offline and upload "
             f"{folder / 'wandb'} later by wandb sync"
         ) from None

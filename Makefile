@@ -60,7 +60,7 @@ clean-env:  ## remove the environments
 	$(call make_venv,.venv)
 	$(UV_INSTALL) --python .venv/bin/python -r requirements/env.txt -r requirements/torch.txt
 	command -v npm >/dev/null || $(UV_INSTALL) --python .venv/bin/python -r requirements/npm.txt
-	rm -f .venv/lib/python3.11/site-packages/sdtrain.pth # of earlier versions
+	rm -f .venv/lib/python3.11/site-packages/sdtrain.pth # written by earlier versions
 	$(UV_INSTALL) --python .venv/bin/python --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -86,9 +86,9 @@ define make_venv
 endef
 
 # ---------------------------------------------------------------- locks
-# The locks hold for every platform and name no package index. Versions of the present lock are kept where they fit; a
-# new one is taken with ARGS=--upgrade. torch takes part in the resolution; then it and the packages that only it needs
-# (triton, nvidia-*, cuda-*) are left out.
+# The locks are valid for every platform and name no package index. A version of the present lock is kept if it fits;
+# ARGS=--upgrade chooses the newest ones. torch is included when versions are resolved. Afterwards it is removed from the
+# lock, together with the packages that only torch needs (triton, nvidia-*, cuda-*).
 LOCK = env -u UV_FIND_LINKS $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --constraint requirements/torch.txt $(ARGS)
 WITHOUT_TORCH = awk '/^[a-z]/ { keep = $$0 !~ /^(torch|triton|nvidia-|cuda-)/ } keep'

@@ -133,8 +133,8 @@ class EmaConfig:
 class LoraConfig:
     rank: int | None = key(None, "Train low-rank additions of this rank to the UNet, and nothing else", ge=1)
     alpha: float | None = key(None, "The additions are scaled by alpha / rank. Default: alpha = rank")
-    dropout: float = key(0.0, "Share of their inputs that is dropped in training", ge=0, lt=1)
-    targets: list[str] = key(["to_q", "to_k", "to_v", "to_out.0"], "Layers that get them, by the end of their names")
+    dropout: float = key(0.0, "Share of the additions' inputs that is dropped in training", ge=0, lt=1)
+    targets: list[str] = key(["to_q", "to_k", "to_v", "to_out.0"], "Layers with additions, by the end of their names")
 
 
 @dataclass
@@ -252,7 +252,7 @@ class StageConfig:
     init: str | None = key(
         None, "Pipeline folder of the initial UNet weights; in the workflow also an earlier stage", decides=False
     )
-    init_weights: Literal["ema", "raw"] = key("ema", "Which weights of that folder; `ema` is what it samples with")
+    init_weights: Literal["ema", "raw"] = key("ema", "Weights of that folder to read; its pipeline samples with `ema`")
     frozen: str | None = key(None, "Fingerprint of the planned stage. Set by the workflow; leave it out", decides=False)
 
 

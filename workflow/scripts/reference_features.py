@@ -1,6 +1,6 @@
 """Measure the held-out images that a stage's generated ones are compared with, and the floor of each distance.
 
-The floor is the distance of training images to the held-out ones: what a perfect memory of the training set reaches.
+The floor is the distance of training images to the held-out ones; a model that reproduces its training set reaches it.
 """
 
 import json

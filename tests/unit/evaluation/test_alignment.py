@@ -1,4 +1,4 @@
-"""The linear alignment on features and texts that share a hidden cause."""
+"""Tests of the linear alignment on features and texts that depend on the same hidden variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def related(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and text that share a hidden cause, under noise."""
+    """Return noisy features N x 40 and text embeddings N x 12 that depend on the same hidden variables."""
     hidden = random(n, 6, seed=seed)
     return (
         hidden @ random(6, 40, seed=100) + 0.5 * random(n, 40, seed=seed + 1) + 3,
@@ -24,7 +24,7 @@ def related(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def test_alignment_tells_pairs_from_shuffled_ones():
+def test_alignment_scores_pairs_above_shuffled_ones():
     model = LinearAlignment.fit(*related(200), "EfficientNet-Lite0", "MiniLM")
     assert model.name == "alignment score (EfficientNet-Lite0 to MiniLM)" and "CLIP" not in model.name
     x, text = related(60, seed=50)
@@ -34,13 +34,13 @@ def test_alignment_tells_pairs_from_shuffled_ones():
     assert model.retrieval(x, text.roll(1, 0)) < 0.1
 
 
-def test_alignment_of_unrelated_data_finds_nothing():
+def test_alignment_of_unrelated_data_scores_about_zero():
     model = LinearAlignment.fit(random(100, 150), random(100, 12, seed=1), "a", "b")
     assert model.score(random(200, 150, seed=2), random(200, 12, seed=3)).mean().abs() < 5
 
 
 @pytest.mark.parametrize("n, d", [(12, 4), (8, 20)])
-def test_leave_one_out_in_closed_form_is_leave_one_out(n, d):
+def test_closed_form_equals_explicit_leave_one_out(n, d):
     x, y = random(n, d).double() + 1, random(n, 3, seed=1).double()
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     errors = []
@@ -53,7 +53,7 @@ def test_leave_one_out_in_closed_form_is_leave_one_out(n, d):
     assert leave_one_out(u, s, y - y.mean(0), 0.3) == pytest.approx(torch.stack(errors).mean().item())
 
 
-def test_alignment_penalty_follows_the_noise():
+def test_alignment_penalty_grows_with_the_noise():
     x, text = related(200)
     clean = LinearAlignment.fit(x, text, "a", "b").penalty
     noisy = LinearAlignment.fit(x, text + 20 * random(200, 12, seed=9), "a", "b").penalty
@@ -67,7 +67,7 @@ def test_alignment_ignores_a_constant_feature():
     assert torch.allclose(a.score(x, text), b.score(torch.cat([x, random(50, 1) * 100], 1), text), atol=1e-2)
 
 
-def test_alignment_is_kept(tmp_path):
+def test_saved_alignment_loads_unchanged(tmp_path):
     x, text = related(50)
     model = LinearAlignment.fit(x, text, "EfficientNet-Lite0", "MiniLM")
     model.save(tmp_path / "new/alignment.safetensors", {"held_out": "{}"})
@@ -78,13 +78,13 @@ def test_alignment_is_kept(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["alignment.safetensors"]
 
 
-def test_alignment_refuses(tmp_path):
+def test_alignment_refuses_invalid_input(tmp_path):
     with pytest.raises(FeatureError, match="expected"):
         LinearAlignment.fit(random(5, 3), random(4, 3), "a", "b")
     model = LinearAlignment.fit(*related(20), "a", "b")
-    with pytest.raises(FeatureError, match="fitted on 40 wide"):
+    with pytest.raises(FeatureError, match="expected features of width 40"):
         model.score(random(2, 39), random(2, 12))
-    with pytest.raises(FeatureError, match="one caption an image"):
+    with pytest.raises(FeatureError, match="one caption per image"):
         model.retrieval(random(3, 40), random(2, 12))
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     for name in ("a.safetensors", "absent.safetensors"):

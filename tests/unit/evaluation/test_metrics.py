@@ -1,4 +1,4 @@
-"""The arithmetic of the metrics against closed forms."""
+"""Tests of the arithmetic of the metrics against closed forms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- Frechet distance
-def test_statistics_are_the_unbiased_ones():
+def test_statistics_are_unbiased():
     mean, covariance = statistics(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]]))
     assert mean.tolist() == [2, 2]
     assert covariance.tolist() == [[4, 3], [3, 3]]
@@ -39,7 +39,7 @@ def test_statistics_are_the_unbiased_ones():
 
 
 @pytest.mark.parametrize("bad, word", [(torch.ones(1, 3), "at least 2"), (torch.tensor([[1.0], [math.nan]]), "NaN")])
-def test_statistics_refuse(bad, word):
+def test_statistics_refuse_one_row_and_nan(bad, word):
     with pytest.raises(FeatureError, match=word):
         statistics(bad)
 
@@ -53,7 +53,7 @@ def test_frechet_distance_of_diagonal_gaussians(rows):
     assert got == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_frechet_distance_is_symmetric_and_does_not_turn_with_the_axes():
+def test_frechet_distance_is_symmetric_and_rotation_invariant():
     a, b = statistics(random(50, 6)), statistics(random(40, 6, seed=1) * 2 + 1)
     q = torch.linalg.qr(random(6, 6, seed=2).double()).Q
     turned = [(q @ m, q @ s @ q.T) for m, s in (a, b)]
@@ -61,21 +61,21 @@ def test_frechet_distance_is_symmetric_and_does_not_turn_with_the_axes():
     assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*turned[0], *turned[1]), rel=1e-9)
 
 
-def test_frechet_distance_agrees_with_the_root_of_the_product():
+def test_frechet_distance_equals_its_formula_with_the_root_of_the_product():
     (m1, s1), (m2, s2) = statistics(random(50, 5)), statistics(random(50, 5, seed=1) @ random(5, 5, seed=2))
     roots = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()
     expected = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * roots
     assert frechet_distance(m1, s1, m2, s2) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_frechet_distance_of_a_set_with_itself_with_fewer_images_than_features():
+def test_frechet_distance_with_fewer_images_than_features():
     a = statistics(random(20, 300))
     assert frechet_distance(*a, *a) < 1e-4 * a[1].trace()
     shifted = (a[0] + 1, a[1])
     assert frechet_distance(*a, *shifted) == pytest.approx(300, rel=1e-4)
 
 
-def test_frechet_distance_refuses_two_networks():
+def test_frechet_distance_refuses_features_of_two_networks():
     with pytest.raises(FeatureError, match="3 and 4 wide"):
         frechet_distance(*statistics(random(9, 3)), *statistics(random(9, 4)))
 
@@ -83,7 +83,7 @@ def test_frechet_distance_refuses_two_networks():
 # ---------------------------------------------------------------- kernel distance
 def test_kernel_distance_by_hand():
     x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
-    # k(a, b) = (ab + 1)^3: within x k(0,1) = 1; within y k(1,2) = 27; across 1, 1, 8, 27
+    # k(a, b) = (ab + 1)^3: within x: k(0,1) = 1; within y: k(1,2) = 27; between x and y: 1, 1, 8, 27
     assert kernel_distance(x, y) == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4)
 
 
@@ -95,7 +95,7 @@ def test_kernel_distance_is_unbiased():
     assert kernel_distance(random(50, 4), random(50, 4, seed=1) + 1) > 10 * error
 
 
-def test_kernel_distance_refuses():
+def test_kernel_distance_refuses_invalid_features():
     with pytest.raises(FeatureError, match="same width"):
         kernel_distance(random(5, 3), random(5, 4))
     with pytest.raises(FeatureError, match="at least 2"):
@@ -107,11 +107,11 @@ def test_clip_score_by_hand():
     a = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     b = torch.tensor([[6.0, 8.0], [1.0, 1.0], [0.0, 2.0], [-1.0, 0.0]])
     assert clip_score(a, b).tolist() == pytest.approx([100, 100 / math.sqrt(2), 0, 0], abs=1e-4)
-    with pytest.raises(FeatureError, match="one caption an image"):
+    with pytest.raises(FeatureError, match="one caption per image"):
         clip_score(a, b[:2])
 
 
-def test_names_of_distances_are_those_of_their_networks():
+def test_distances_are_named_after_their_networks():
     assert [d.name(INCEPTION_NAME) for d in DISTANCES] == ["FID", "KID"]
     assert [d.name("Net") for d in DISTANCES] == ["Frechet distance (Net)", "kernel distance (Net)"]
 
@@ -126,7 +126,7 @@ def test_kernel_distance_of_many_images_uses_the_first_ones(monkeypatch):
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40), st.integers(0, 2**32))
-def test_shuffle_leaves_no_image_its_caption(captions, seed):
+def test_shuffle_gives_no_image_its_own_caption(captions, seed):
     most = max(captions.count(c) for c in captions)
     if 2 * most > len(captions):
         with pytest.raises(FeatureError, match=f"{most} of {len(captions)} captions are the same"):

@@ -1,4 +1,4 @@
-"""The registry of metrics: what a metric names exists, and one entry is enough for plan and command."""
+"""Tests of the registry of metrics: module and setting exist, and one entry suffices for plan and command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.record)
-def test_what_a_metric_names_exists(metric):
+def test_module_and_setting_of_each_metric_exist(metric):
     assert callable(importlib.import_module(f"sdtrain.evaluation.{metric.record}").measure)
     assert metric.setting in {field.name for field in dataclasses.fields(EvaluationConfig)}
     assert {"metric", "value"} <= set(metric.needed)
 
 
-def test_an_entry_and_a_module_are_a_metric(monkeypatch):
+def test_registry_entry_and_module_define_a_metric(monkeypatch):
     module = ModuleType("sdtrain.evaluation.brightness")
     module.measure = lambda samples, given, config: {"metric": "brightness", "value": samples["images"]}
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -42,7 +42,7 @@ def test_an_entry_and_a_module_are_a_metric(monkeypatch):
     assert plan.measured_from(wildcards) == ["resources/components/efficientnet-lite0.json"]
 
 
-def test_what_the_metrics_of_the_demo_are_measured_with(monkeypatch):
+def test_inputs_of_the_metrics_of_the_demo(monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = Plan("demo", [], error=ConfigError)
     distance = SimpleNamespace(run="demo", stage="stage1", images="0", metric="frechet_distance")

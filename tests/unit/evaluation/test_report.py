@@ -1,4 +1,4 @@
-"""The report of a run made here: numbers, one self-contained page whatever the captions say, nothing on bad input."""
+"""Tests of the report: numbers, a self-contained page with escaped captions, no output for invalid input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ report = load_script("report")
 
 
 def write_row(folder: Path, px: int, images: int) -> None:
-    """What the steps before the report leave beside a milestone."""
+    """Write the records of a milestone that the report reads."""
     (folder / "samples").mkdir(parents=True)
     grids = []
     for number, (title, prompts) in enumerate(
@@ -71,7 +71,7 @@ def write_row(folder: Path, px: int, images: int) -> None:
 
 @pytest.fixture
 def run(tmp_path) -> dict[str, str]:
-    """A run of two stages, its data, and the arguments of its report."""
+    """Write a run of two stages and its data; return the arguments of its report."""
     folder, data = tmp_path / "run", tmp_path / "data"
     for stage, (px, milestones) in STAGES.items():
         init = "null" if stage == "stage1" else "stage1"
@@ -104,7 +104,7 @@ def make(keys: dict) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser would find: tags, what they load, and the text."""
+    """The parsed page: tags, loaded addresses, alternative texts, and text."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -121,7 +121,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_metrics(run, capsys):
+def test_metrics_json_and_terminal_table(run, capsys):
     make(run)
     metrics = read_json(run["output"])
     assert [row["name"] for row in metrics["rows"]] == ["untrained", "stage1", "stage2 before training", "stage2"]
@@ -129,9 +129,9 @@ def test_metrics(run, capsys):
     first, second = metrics["rows"][:2]
     assert first["images_per_second"] is first["loss"] is first["data_wait_share"] is None
     assert (second["images"], second["resolution"], second["loss"], second["images_per_second"]) == (320, 32, 0.1, 32.0)
-    assert second["data_wait_share"] == pytest.approx(0.1)  # of each second
+    assert second["data_wait_share"] == pytest.approx(0.1)  # 0.1 s of each second
     assert second["alignment"]["shuffled"] == 1.0 and second["frechet_distance"]["images"] == 192
-    assert metrics["rows"][3]["loss"] == 0.2  # the log up to the milestone, not beyond
+    assert metrics["rows"][3]["loss"] == 0.2  # only log lines up to the milestone count
     assert (second["seed"], second["sampling"]["seed"]) == (5, 9)
     assert metrics["versions"] == {"torch": "2.13.0"} and len(metrics["code"]) == 16
     text = Path(run["text"]).read_text()
@@ -181,13 +181,13 @@ def test_page_shows_every_stage_beside_the_real_image(run):
         return image.size, image.convert("RGB").resize((1, 1)).getpixel((0, 0))
 
     size, (red, green, _) = colour("a red square (untrained)")
-    assert size == (32, 32) and green > 150 > red  # each tile is cut from its own place in the grid
+    assert size == (32, 32) and green > 150 > red  # each tile comes from its own position in the grid
     size, (red, green, _) = colour(f"{EVIL} (stage2)")
     assert size == (64, 64) and red > 150 > green
     assert colour("a red square (real image)")[0] == (64, 64)
 
 
-def test_run_without_score_and_without_data(run):
+def test_report_of_a_run_without_score_and_without_data(run):
     for path in Path(run["folder"]).rglob("clip_score.json"):
         path.unlink()
     make(run | {"data": "", "rows": "stage1/0"})
@@ -196,7 +196,7 @@ def test_run_without_score_and_without_data(run):
     assert "Shuffled" not in text and "rows in the table" not in text and "real image " not in text
 
 
-def test_real_names_are_kept_for_the_real_networks(run):
+def test_fid_kid_and_clipscore_are_named_with_their_own_networks(run):
     for path in Path(run["folder"]).rglob("frechet_distance.json"):
         record = read_json(path)
         write_json(path, record | {"metric": "FID", "kernel": record["kernel"] | {"metric": "KID"}})
@@ -220,7 +220,7 @@ def test_real_names_are_kept_for_the_real_networks(run):
         ("stage1/320/samples/grid0.png", "grid0.png: not a readable image"),
     ],
 )
-def test_lost_input(run, lost, message):
+def test_missing_input_is_an_error(run, lost, message):
     (run["folder"] / lost).unlink()
     with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
         make(run)
@@ -228,12 +228,12 @@ def test_lost_input(run, lost, message):
 
 
 @pytest.mark.parametrize("rows", ["stage1", "stage1/x", ""])
-def test_rows_that_are_none(run, rows):
+def test_malformed_rows_are_refused(run, rows):
     with pytest.raises(SystemExit, match="expected stage/images, such as stage1/32000"):
         make(run | {"rows": rows})
 
 
-def test_records_from_before_a_new_distance_are_shown(run, monkeypatch):
+def test_records_that_lack_a_newer_distance_are_shown(run, monkeypatch):
     new = dataclasses.replace(DISTANCES[1], key="new", kind="new distance", about="A new explanation.")
     monkeypatch.setattr(evaluation_metrics, "DISTANCES", (*DISTANCES, new))
     make(run)
@@ -244,10 +244,10 @@ def test_records_from_before_a_new_distance_are_shown(run, monkeypatch):
     make(run)
     text = "".join(Page(Path(run["html"]).read_text()).words)
     assert "New distance × 1000 ↓" in text and "A new explanation." in text
-    assert text.count("125.0") == 2 and "–" in text  # the milestones between have no figure
+    assert text.count("125.0") == 2 and "–" in text  # the milestones without the new distance show no figure
 
 
-def test_record_without_a_key(run):
+def test_record_without_a_required_key_is_refused(run):
     write_json(run["folder"] / "stage1/0/frechet_distance.json", {"metric": "FID"})
     with pytest.raises(SystemExit, match="lacks value, floor, kernel; make it again"):
         make(run)

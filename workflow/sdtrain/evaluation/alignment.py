@@ -54,7 +54,7 @@ class LinearAlignment:
         features, text = features.double(), F.normalize(text.double(), dim=-1)
         mean, text_mean = features.mean(0), text.mean(0)
         scale = features.std(0)
-        scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)  # a constant feature tells nothing
+        scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)  # a constant feature carries no information
         u, s, vh = torch.linalg.svd((features - mean) / scale, full_matrices=False)
         penalty = min(torch.logspace(-4, 4, 33).tolist(), key=lambda p: leave_one_out(u, s, text - text_mean, p))
         shrink = s / (s**2 + penalty * len(features))
@@ -65,7 +65,7 @@ class LinearAlignment:
     def predict(self, features: torch.Tensor) -> torch.Tensor:
         """Return the predicted caption embeddings minus their mean, N x D -> N x E."""
         if features.shape[1:] != self.mean.shape:
-            raise FeatureError(f"features {tuple(features.shape)}: this alignment was fitted on {len(self.mean)} wide")
+            raise FeatureError(f"features {tuple(features.shape)}: expected features of width {len(self.mean)}")
         return ((features.float() - self.mean) / self.scale) @ self.weight
 
     def score(self, features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class LinearAlignment:
     def retrieval(self, features: torch.Tensor, text: torch.Tensor) -> float:
         """Return R@1: the fraction of images whose own caption is the nearest of all N (chance: 1 / N)."""
         if len(features) != len(text):
-            raise FeatureError(f"{len(features)} images and {len(text)} captions: one caption an image is expected")
+            raise FeatureError(f"{len(features)} images and {len(text)} captions: one caption per image is expected")
         image, text = (F.normalize(t, dim=-1) for t in (self.predict(features), self.centred(text)))
         similarity = image @ text.T
         return (similarity.diagonal() >= similarity.max(1).values).float().mean().item()

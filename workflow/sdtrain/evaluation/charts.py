@@ -1,4 +1,4 @@
-"""Line charts of the report: where points, ticks and labels lie."""
+"""Line charts of the report: the coordinates of points, ticks and labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ POINTS = 300  # of a curve
 
 
 def chart(title: str, series: pd.Series, width: int = 360, height: int = 190) -> dict[str, Any]:
-    """Return the places of a line of points (index x, value y) and of its ticks; both axes begin at 0."""
+    """Return the coordinates of a curve (index x, value y) and of its ticks; both axes begin at 0."""
     left, bottom, top, right = 40, 24, 8, 12
     x_max, y_max = max(series.index.max(), 1e-9), max(series.max(), 1e-9)
 

@@ -22,7 +22,7 @@ TEXT_BATCH = 64
 
 @dataclass(frozen=True)
 class Scorer:
-    """What scores images with captions: two networks, and the score of each pair of their rows."""
+    """Two networks that embed images and captions, and the function that scores each pair of embeddings."""
 
     metric: str  # the name that reports show
     embed_images: Callable[[torch.Tensor], torch.Tensor]

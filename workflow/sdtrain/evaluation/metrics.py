@@ -17,7 +17,7 @@ import torch
 from sdtrain.models.feature_networks import INCEPTION_NAME, FeatureError, paired_cosine
 
 SHUFFLES = 20
-PAIRED = 5000  # images a side of a kernel distance at most: the kernels of all pairs are in memory
+PAIRED = 5000  # images per set of a kernel distance at most, since the kernels of all pairs are in memory
 
 
 # ---------------------------------------------------------------- distances between sets of features
@@ -26,7 +26,7 @@ def statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if features.ndim != 2 or len(features) < 2:
         raise FeatureError(f"features are {tuple(features.shape)}: a covariance needs at least 2 rows (N, D)")
     if not torch.isfinite(features).all():
-        raise FeatureError("features hold NaN or infinity: look at the images, or at the weights that made them")
+        raise FeatureError("features contain NaN or infinity: check the images, and the weights that made them")
     features = features.double()
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
 
@@ -85,7 +85,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class FeatureDistance:
-    """A distance of generated images to held-out ones in the features of a network; its floor is that of real images.
+    """A distance of generated images to held-out ones in the features of a network. Its floor: that of training images.
 
     The first one of DISTANCES is the value of frechet_distance.json; each further one is the block `key` beside it.
     """
@@ -116,7 +116,7 @@ DISTANCES = (
         inception="FID",
         about="How far the features of n generated images lie, in mean and covariance, from those of "
         "{reference_images:,} real images that were held out of training. It shrinks as n grows and differs between "
-        "resolutions: compare rows of one resolution and one n only.",
+        "resolutions: compare only rows with the same resolution and the same n.",
     ),
     FeatureDistance(
         key="kernel",
@@ -130,7 +130,7 @@ DISTANCES = (
 )
 
 
-# ---------------------------------------------------------------- images with their captions, and with others'
+# ---------------------------------------------------------------- scores of images with captions
 def clip_score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Return 100 max(cos, 0) of each pair of rows, N x E and N x E -> N.
 
@@ -174,7 +174,7 @@ def shuffle(captions: list[str], seed: int) -> torch.Tensor:
     most = max(counts.values(), default=0)
     if most * 2 > len(captions):
         raise FeatureError(
-            f"{most} of {len(captions)} captions are the same: shuffling cannot part them from their images"
+            f"{most} of {len(captions)} captions are the same: shuffling cannot give each image a different caption"
         )
     rng = np.random.default_rng(seed)
     place = dict(zip(sorted(counts), rng.permutation(len(counts)), strict=True))

@@ -20,7 +20,7 @@ def measure_reference(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors of the held-out images, and the record with the floor of every distance.
 
-    A floor is the distance of training images to the held-out ones: what a perfect memory of the training set reaches.
+    A floor is the distance of training images to the held-out ones: that of a model that reproduces its training set.
     `dataset` is the section of a stage; its filters apply.
     """
     network = image_features(features, distributed.only_device())

@@ -16,8 +16,8 @@ Record = dict[str, Any]
 class Column:
     """A column of the reports: a figure of a record, `path` its keys joined by dots.
 
-    `real` is the path of the figure that real images reach. Without a title, the column has the name of the metric
-    that stands beside the figure.
+    `real` is the path of the figure that real images reach. Without a title, the column is named after the key `metric`
+    beside the figure.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Metric:
     """A metric, measured by the function `measure` of the module in this folder that is named like its record."""
 
     record: str  # name of its module, and of its JSON file beside a milestone
-    key: str  # its place in the rows of metrics.json
+    key: str  # its key in the rows of metrics.json
     setting: str  # the key of `evaluation` that names its network; without a value it is not measured
     needed: tuple[str, ...]  # keys of the record
     columns: Callable[[Record], list[Column]]  # of a record
@@ -79,10 +79,10 @@ def explain_distances(record: Record) -> list[tuple[str, str]]:
         if (block := record.get(distance.key) if distance.key else record)
     ]
     if record["metric"] != DISTANCES[0].inception:
-        text += " Its network is not the Inception of FID, so it compares with no published value."
+        text += " Its network is not the Inception network of FID: do not compare it with published values."
     floor = (
-        f"The same distance for {record['floor_images']:,} real training images: what a perfect memory of the training "
-        "set reaches."
+        f"The same distance for {record['floor_images']:,} real training images. A model that reproduces its training "
+        "set reaches it."
     )
     return [(record["metric"], text), ("Floor", floor), *further]
 
@@ -105,8 +105,8 @@ def explain_score(record: Record) -> list[tuple[str, str]]:
             )
         text += "."
     shuffled = (
-        "The same images with one another's captions: what a model that ignores the caption reaches. In the last row "
-        f"an image's own caption scores {record['difference']:.1f} ± {record['difference_standard_error']:.1f} more."
+        "The same images with captions of other images. A model that ignores captions reaches this score. In the last "
+        f"row, the own caption scores {record['difference']:.1f} ± {record['difference_standard_error']:.1f} more."
     )
     return [(record["metric"], text), ("Shuffled", shuffled)]
 

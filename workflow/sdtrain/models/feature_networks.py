@@ -159,7 +159,7 @@ def text_embeddings(folder: str | Path, captions: list[str], batch_size: int = 6
 def paired_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the cosine of row i of `a` with row i of `b`, N x E and N x E -> N."""
     if a.shape != b.shape:
-        raise FeatureError(f"embeddings {tuple(a.shape)} and {tuple(b.shape)}: one caption an image is expected")
+        raise FeatureError(f"embeddings {tuple(a.shape)} and {tuple(b.shape)}: one caption per image is expected")
     return F.cosine_similarity(a, b, dim=-1)
 
 

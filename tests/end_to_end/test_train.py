@@ -1,4 +1,4 @@
-"""train.py as it is called: batches shared in any way, milestones, stages, the seed's own YAML, and bad input."""
+"""Tests of train.py as a command: global batches, milestones, stages, open-diffusion's YAML, invalid input."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ RUN = Path("logs/tiny/stage1")
 pytestmark = pytest.mark.timeout(600)  # the first test of a group waits for its trainings, on a busy machine too
 
 
-# ---------------------------------------------------------------- the same batch, shared in another way
-WAYS = {  # one global batch of 4
+# ---------------------------------------------------------------- one global batch, shared in different ways
+WAYS = {  # of sharing one global batch of 4 images
     "one batch": (["system.batch_size=4"], 1),
     "micro-batches": (["system.gradient_accumulation=2"], 1),
-    "as many as it takes": (["system.batch_size=1", "system.global_batch=4"], 1),
+    "derived accumulation": (["system.batch_size=1", "system.global_batch=4"], 1),
     "ranks": ([], 2),
     "sharded ranks": (["distributed.strategy=fsdp"], 2),
     "micro-batches of sharded ranks": (
@@ -47,12 +47,15 @@ WAYS = {  # one global batch of 4
         2,
     ),
 }
-EXACT = ["experiment.milestones=[]", "optimizer.params.epsilon=1e-4"]  # no division by almost nothing
+EXACT = [
+    "experiment.milestones=[]",
+    "optimizer.params.epsilon=1e-4",
+]  # so that no division by a tiny number amplifies rounding errors
 
 
 @pytest.fixture(scope="module")
 def one_batch(tmp_path_factory, train, stage_yaml) -> Path:
-    """A training of 4 steps that sees each global batch at once."""
+    """Return the folder of a training of 4 steps, each on one undivided batch."""
     folder = tmp_path_factory.mktemp("one_batch")
     result = train(folder, f"config={stage_yaml}", *EXACT, *WAYS["one batch"][0])
     assert result.codes == [0], result.text
@@ -60,7 +63,7 @@ def one_batch(tmp_path_factory, train, stage_yaml) -> Path:
 
 
 def alike(run: Path, expected: Path, tolerance: float = 1e-4) -> None:
-    """The same log and the same weights, to the tolerance of sums in another order."""
+    """Assert equal logs and weights, up to the rounding errors of sums in another order."""
     for x, y in zip(log(run), log(expected), strict=True):
         assert x.keys() == y.keys()
         for key in x:
@@ -71,14 +74,14 @@ def alike(run: Path, expected: Path, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one batch"])
-def test_a_global_batch_teaches_the_same_however_it_is_shared(one_batch, tmp_path, train, stage_yaml, way):
+def test_ranks_micro_batches_and_sharding_do_not_change_the_training(one_batch, tmp_path, train, stage_yaml, way):
     options, ranks = WAYS[way]
     result = train(tmp_path, f"config={stage_yaml}", *EXACT, *options, ranks=ranks)
     assert result.codes == [0] * ranks, result.text
     assert [line["images"] for line in log(tmp_path / RUN)] == [4, 8, 12, 16]
     assert [line["lr"] for line in log(tmp_path / RUN)] == [5e-4, 1e-3, 1e-3, 1e-3]  # warm-up counts optimizer steps
     saved = {int(path.parent.name) for path in (tmp_path / RUN).glob("checkpoints/*/*/.metadata")}
-    assert saved == {8, 16}  # so does save_every=2, of which keep_checkpoints=2 stay
+    assert saved == {8, 16}  # save_every=2 counts optimizer steps too, and keep_checkpoints=2 keeps the last two
     alike(tmp_path / RUN, one_batch)
     whole = [weights(run / "pipeline") for run in (tmp_path / RUN, one_batch)]
     assert same(*whole, atol=1e-5, rtol=1e-4)
@@ -86,17 +89,17 @@ def test_a_global_batch_teaches_the_same_however_it_is_shared(one_batch, tmp_pat
 
 SWITCHES = {
     "memory format": ["system.channels_last=true"],
-    "optimizer in parts": ["optimizer.fused=false"],
+    "unfused optimizer": ["optimizer.fused=false"],
     "recomputation": ["model.gradient_checkpointing=true"],
     "attention": ["model.attention=math"],
-    "no batches ahead": ["dataset.params.prefetch=0"],
+    "no prefetching": ["dataset.params.prefetch=0"],
     "loader processes": ["system.workers=2"],
     "xformers on a CPU": ["model.xformers=true"],
 }
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_for_speed_changes_no_result(one_batch, tmp_path, train, stage_yaml, switch):
+def test_speed_settings_do_not_change_the_weights(one_batch, tmp_path, train, stage_yaml, switch):
     result = train(tmp_path, f"config={stage_yaml}", *EXACT, "system.batch_size=4", *SWITCHES[switch])
     assert result.codes == [0], result.text
     alike(tmp_path / RUN, one_batch)
@@ -104,7 +107,7 @@ def test_a_switch_for_speed_changes_no_result(one_batch, tmp_path, train, stage_
     assert records[0]["fingerprint"] == records[1]["fingerprint"]
 
 
-def test_the_log_tells_what_a_training_is_judged_by(tmp_path, train, stage_yaml):
+def test_log_has_loss_throughput_mfu_memory_and_gradient_norm(tmp_path, train, stage_yaml):
     options = ["system.peak_tflops=0.001", "experiment.log_every=8", "experiment.milestones=[]"]
     result = train(tmp_path, f"config={stage_yaml}", *options, ranks=2)
     assert result.codes == [0, 0], result.text
@@ -115,8 +118,8 @@ def test_the_log_tells_what_a_training_is_judged_by(tmp_path, train, stage_yaml)
     assert 0 < entry["mfu"] and 0 <= entry["data_wait"] <= 1 and entry["memory_gb"] > 0.1 and entry["grad_norm"] > 0
 
 
-def test_a_process_has_the_threads_it_is_told(tmp_path, stage_values):
-    """Seen at a training that is finished already: it sets them, and ends."""
+def test_system_threads_sets_the_threads_of_torch(tmp_path, stage_values):
+    """Use a training that is already finished: it sets the threads and ends."""
     options = ["system.threads=3", f"experiment.log_dir={tmp_path}"]
     cfg, before = load_config(schema.StageConfig, values=stage_values, overrides=options), torch.get_num_threads()
     task = DiffusionTask(cfg)
@@ -128,7 +131,7 @@ def test_a_process_has_the_threads_it_is_told(tmp_path, stage_values):
         torch.set_num_threads(before)
 
 
-def test_half_precision_learns_nearly_the_same(one_batch, tmp_path, train, stage_yaml):
+def test_bf16_losses_are_close_to_those_of_float32(one_batch, tmp_path, train, stage_yaml):
     result = train(tmp_path, f"config={stage_yaml}", *EXACT, "system.batch_size=4", "model.mixed_precision=bf16")
     assert result.codes == [0], result.text
     assert losses(tmp_path / RUN) == pytest.approx(losses(one_batch), rel=0.03)
@@ -137,7 +140,7 @@ def test_half_precision_learns_nearly_the_same(one_batch, tmp_path, train, stage
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_samples_of_one_process(image_shards, world_size):
+def test_ranks_together_see_the_samples_of_one_process(image_shards, world_size):
     def samples(size, rank, batch_size, count):
         dataset = ImageDataset(str(image_shards / "manifest.json"), 32, flip=True, seed=0)
         stream = batches(dataset, batch_size, rank=rank, world_size=size)
@@ -152,7 +155,7 @@ def test_ranks_share_the_samples_of_one_process(image_shards, world_size):
 
 # ---------------------------------------------------------------- milestones
 def freeze(folder: Path, stage_values: dict, *overrides: str) -> str:
-    """The stage as the workflow freezes it."""
+    """Write the frozen configuration of a stage as the workflow does; return its path."""
     stage = require(load_config(schema.StageConfig, values=stage_values, overrides=overrides), "test")
     path = folder / "train.yaml"
     write_text(path, yaml.safe_dump(OmegaConf.to_container(freeze_stage(stage), resolve=True)))
@@ -161,13 +164,13 @@ def freeze(folder: Path, stage_values: dict, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def frozen_yaml(stage_values, tmp_path_factory) -> str:
-    """The path of the stage as it is."""
+    """Return the path of the unchanged stage, frozen."""
     return freeze(tmp_path_factory.mktemp("frozen"), stage_values)
 
 
 @pytest.fixture(scope="module")
 def by_milestones(tmp_path_factory, train, frozen_yaml) -> Path:
-    """A folder in which the workflow's jobs have trained to 0, 8 and 16 images."""
+    """Return a folder in which jobs like those of the workflow have trained to 0, 8 and 16 images."""
     folder = tmp_path_factory.mktemp("milestones")
     for images in (0, 8, 16):
         done = [m for m in (0, 8, 16) if m <= images]
@@ -176,7 +179,7 @@ def by_milestones(tmp_path_factory, train, frozen_yaml) -> Path:
     return folder
 
 
-def test_each_milestone_leaves_a_pipeline_and_a_record(by_milestones):
+def test_each_milestone_writes_a_pipeline_and_a_record(by_milestones):
     run = by_milestones / RUN
     for images in (0, 8, 16):
         record = json.loads((run / f"{images}/train.json").read_text())
@@ -188,7 +191,7 @@ def test_each_milestone_leaves_a_pipeline_and_a_record(by_milestones):
     assert [line["images"] for line in log(run)] == list(range(2, 17, 2))
 
 
-def test_milestones_do_not_change_what_is_learnt(by_milestones, tmp_path, train, stage_yaml):
+def test_milestones_do_not_change_the_weights(by_milestones, tmp_path, train, stage_yaml):
     result = train(tmp_path, f"config={stage_yaml}")
     assert result.codes == [0], result.text
     assert same(weights(by_milestones / RUN / "pipeline"), weights(tmp_path / RUN / "pipeline"))
@@ -196,13 +199,13 @@ def test_milestones_do_not_change_what_is_learnt(by_milestones, tmp_path, train,
 
 
 def forget(folder: Path, images: int) -> None:
-    """Take away a milestone's result, as Snakemake does before it runs the rule again."""
+    """Delete the result of a milestone, as Snakemake does before it runs the rule again."""
     shutil.rmtree(folder / RUN / f"{images}/pipeline")
     (folder / RUN / f"{images}/train.json").unlink()
 
 
-def test_a_finished_milestone_asked_for_again_is_exported_again(by_milestones, tmp_path, train, frozen_yaml):
-    """It may have finished after Snakemake was killed: what it did is not to be lost."""
+def test_finished_milestone_without_a_record_is_exported_again(by_milestones, tmp_path, train, frozen_yaml):
+    """A job may finish after Snakemake was killed; its training must not be lost."""
     folder = shutil.copytree(by_milestones, tmp_path / "again", symlinks=True)
     before = weights(folder / RUN / "16/pipeline")
     forget(folder, 16)
@@ -211,7 +214,7 @@ def test_a_finished_milestone_asked_for_again_is_exported_again(by_milestones, t
     assert same(before, weights(folder / RUN / "16/pipeline")) and log(folder / RUN) == log(by_milestones / RUN)
 
 
-def test_with_other_code_it_is_trained_again(by_milestones, tmp_path, train, frozen_yaml):
+def test_finished_milestone_of_other_code_is_trained_again(by_milestones, tmp_path, train, frozen_yaml):
     folder = shutil.copytree(by_milestones, tmp_path / "again", symlinks=True)
     before = weights(folder / RUN / "16/pipeline")
     forget(folder, 16)
@@ -223,7 +226,7 @@ def test_with_other_code_it_is_trained_again(by_milestones, tmp_path, train, fro
     assert same(before, weights(folder / RUN / "16/pipeline"))
 
 
-def test_an_edit_that_changes_no_weights_trains_nothing(by_milestones, tmp_path, train, stage_values):
+def test_edit_that_changes_no_weights_trains_nothing(by_milestones, tmp_path, train, stage_values):
     folder = shutil.copytree(by_milestones, tmp_path / "edited", symlinks=True)
     forget(folder, 16)
     changed = freeze(tmp_path, stage_values, "experiment.save_every=3", "system.batch_size=1", "system.global_batch=2")
@@ -231,14 +234,14 @@ def test_an_edit_that_changes_no_weights_trains_nothing(by_milestones, tmp_path,
     assert result.codes == [0] and "steps 8 to 8 of 8" in result.text, result.text
 
 
-def test_an_edit_that_changes_weights_trains_anew(by_milestones, tmp_path, train, stage_values):
+def test_edit_that_changes_weights_trains_from_the_start(by_milestones, tmp_path, train, stage_values):
     folder = shutil.copytree(by_milestones, tmp_path / "edited", symlinks=True)
     changed = freeze(tmp_path, stage_values, "optimizer.params.learning_rate=0.002")
     result = train(folder, f"config={changed}", "experiment.stop_at=8", "experiment.milestones=[0,8]")
     assert result.codes == [0] and "steps 0 to 4 of 8" in result.text, result.text
 
 
-def test_another_number_of_ranks_does_not_train_anew_unasked(by_milestones, tmp_path, train, stage_values):
+def test_other_number_of_ranks_needs_the_same_global_batch(by_milestones, tmp_path, train, stage_values):
     folder = shutil.copytree(by_milestones, tmp_path / "more", symlinks=True)
     forget(folder, 16)
     last = ("experiment.stop_at=16", "experiment.milestones=[0,8,16]")
@@ -249,7 +252,7 @@ def test_another_number_of_ranks_does_not_train_anew_unasked(by_milestones, tmp_
     assert result.codes == [0, 0] and "resumed at 16 images" in result.text, result.text
 
 
-def test_a_folder_of_another_training_is_refused(by_milestones, tmp_path, train, stage_yaml):
+def test_folder_of_another_training_is_refused(by_milestones, tmp_path, train, stage_yaml):
     folder = shutil.copytree(by_milestones, tmp_path / "other", symlinks=True)
     other = (f"config={stage_yaml}", "optimizer.params.learning_rate=0.002", "dataset.params.flip=false")
     before = sorted(folder.rglob("*"))
@@ -260,14 +263,14 @@ def test_a_folder_of_another_training_is_refused(by_milestones, tmp_path, train,
     assert result.codes == [0] and "steps 0 to 2 of 8" in result.text, result.text
 
 
-def test_without_requeue_it_starts_anew(tmp_path, train, stage_yaml):
+def test_requeue_false_trains_from_the_start(tmp_path, train, stage_yaml):
     for images in (4, 8, 8):
         arguments = (f"config={stage_yaml}", f"experiment.stop_at={images}", "experiment.requeue=false")
         result = train(tmp_path, *arguments, "experiment.milestones=[]")
         assert result.codes == [0] and f"steps 0 to {images // 2} of 8" in result.text, result.text
 
 
-def test_an_override_by_hand_leaves_the_workflows_results_alone(by_milestones, tmp_path, train, frozen_yaml):
+def test_override_of_a_frozen_stage_trains_in_a_separate_folder(by_milestones, tmp_path, train, frozen_yaml):
     folder = shutil.copytree(by_milestones, tmp_path / "trial", symlinks=True)
 
     def state():
@@ -283,7 +286,7 @@ def test_an_override_by_hand_leaves_the_workflows_results_alone(by_milestones, t
 
 
 @pytest.mark.parametrize("which", ["ema", "raw"])
-def test_a_second_stage_starts_from_the_firsts_weights(by_milestones, tmp_path, train, stage_yaml, which):
+def test_second_stage_starts_from_the_weights_of_the_first(by_milestones, tmp_path, train, stage_yaml, which):
     first = by_milestones / RUN / "16/pipeline"
     second = [f"init={first}", f"init_weights={which}", "dataset.params.resolution=48", "experiment.milestones=[]"]
     result = train(tmp_path, f"config={stage_yaml}", *second, "experiment.stop_at=0", "experiment.name=stage2")
@@ -298,15 +301,15 @@ def test_a_second_stage_starts_from_the_firsts_weights(by_milestones, tmp_path, 
     assert same(part(last_checkpoint(by_milestones / RUN), "ema"), weights(first))
 
 
-def test_the_pipelines_own_size_is_that_of_the_training(tmp_path, train, stage_yaml):
-    """The seed's template says sample_size 32 and trains at 512 px, which is 64."""
+def test_exported_sample_size_is_that_of_the_training(tmp_path, train, stage_yaml):
+    """open-diffusion's template sets sample_size 32 and trains at 512 px, where 64 is right."""
     result = train(tmp_path, f"config={stage_yaml}", "dataset.params.resolution=64", "experiment.stop_at=0")
     assert result.codes == [0] and "model.unet.params.sample_size" in result.text, result.text
     unet = json.loads((tmp_path / RUN / "pipeline/unet/config.json").read_text())
-    assert unet["sample_size"] == 32  # latents of the tiny autoencoder are half as wide
+    assert unet["sample_size"] == 32  # the tiny autoencoder halves the side
 
 
-def test_an_average_may_start_from_other_weights(by_milestones, tmp_path, train, stage_yaml):
+def test_ema_can_start_from_other_weights(by_milestones, tmp_path, train, stage_yaml):
     first = by_milestones / RUN / "16/pipeline"
     result = train(tmp_path, f"config={stage_yaml}", f"model.ema.path={first}", "experiment.stop_at=0")
     assert result.codes == [0], result.text
@@ -314,7 +317,7 @@ def test_an_average_may_start_from_other_weights(by_milestones, tmp_path, train,
 
 
 # ---------------------------------------------------------------- samples at each save
-def test_other_first_weights_are_another_training(by_milestones, tmp_path, train, stage_yaml):
+def test_other_initial_weights_are_refused_in_the_same_folder(by_milestones, tmp_path, train, stage_yaml):
     first = shutil.copytree(by_milestones / RUN / "16/pipeline", tmp_path / "plain", symlinks=False)
     arguments = (f"config={stage_yaml}", "experiment.milestones=[]")
     assert train(tmp_path, *arguments, "experiment.stop_at=4").codes == [0]
@@ -341,7 +344,7 @@ def test_sharded_half_precision_flow_matching_trains_and_draws(tmp_path, train, 
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_captions_are_drawn_at_each_save_by_all_ranks(tmp_path, train, stage_yaml, strategy):
+def test_all_ranks_draw_samples_at_each_checkpoint(tmp_path, train, stage_yaml, strategy):
     (tmp_path / "captions.txt").write_text("a red square\n\na small blue circle\na green circle\nnot asked for\n")
     options = ["experiment.eval_caption_file=captions.txt", "experiment.num_eval_images=3", "experiment.eval_steps=2"]
     options += [f"distributed.strategy={strategy}", "experiment.milestones=[]", "experiment.save_every=2"]
@@ -358,8 +361,8 @@ def test_captions_are_drawn_at_each_save_by_all_ranks(tmp_path, train, stage_yam
     assert np.asarray(drawn["8"]).tolist() != np.asarray(drawn["16"]).tolist()
 
 
-def test_captions_may_be_a_column_of_a_table(tmp_path, stage_values):
-    """The seed's file was a CSV of uid and caption."""
+def test_eval_captions_can_be_a_column_of_a_csv_file(tmp_path, stage_values):
+    """open-diffusion's file is a CSV with the columns uid and caption."""
     (tmp_path / "captions.csv").write_text('uid,caption\n1,"a red, square"\n2,\n3,a circle\n')
     values = {"log_dir": "", "project": "", "name": "", "eval_caption_file": f"{tmp_path}/captions.csv"}
     experiment = load_config(schema.ExperimentConfig, values=values)
@@ -367,7 +370,7 @@ def test_captions_may_be_a_column_of_a_table(tmp_path, stage_values):
 
 
 @pytest.mark.parametrize("text", [None, "\n \n"])
-def test_captions_that_are_not_there_are_missed_at_the_start(tmp_path, train, stage_yaml, text):
+def test_missing_eval_captions_are_an_error_at_the_start(tmp_path, train, stage_yaml, text):
     if text is not None:
         (tmp_path / "captions.txt").write_text(text)
     result = train(tmp_path, f"config={stage_yaml}", "experiment.eval_caption_file=captions.txt")
@@ -375,9 +378,13 @@ def test_captions_that_are_not_there_are_missed_at_the_start(tmp_path, train, st
 
 
 # ---------------------------------------------------------------- low-rank additions
-def test_low_rank_additions_are_trained_alone_and_exported(by_milestones, tmp_path, train, stage_values):
+def test_only_low_rank_additions_are_trained_and_exported(by_milestones, tmp_path, train, stage_values):
     base = shutil.copytree(by_milestones / RUN / "16/pipeline", tmp_path / "base", symlinks=False)
-    model = {"pretrained": str(base), "lora": {"rank": 2}, "use_ema": True}  # the seed's local fine-tuning
+    model = {
+        "pretrained": str(base),
+        "lora": {"rank": 2},
+        "use_ema": True,
+    }  # open-diffusion's local fine-tuning
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump({**stage_values, "model": model}))
     result = train(tmp_path, "config=lora.yaml", "experiment.milestones=[]", ranks=2)
     assert result.codes == [0, 0], result.text
@@ -395,7 +402,7 @@ def test_low_rank_additions_are_trained_alone_and_exported(by_milestones, tmp_pa
 # ---------------------------------------------------------------- latents with states of the captions
 @pytest.fixture(scope="module")
 def on_latents(train, latents, stage_yaml, text_parts, tmp_path_factory):
-    """on_latents(name, dropout): the folder of a training on one of them, at a caption dropout."""
+    """Return a function that trains on the latents `name` with a caption dropout and returns the folder."""
     done = {}
 
     def trained(name: str, dropout: float) -> Path:
@@ -411,13 +418,13 @@ def on_latents(train, latents, stage_yaml, text_parts, tmp_path_factory):
     return trained
 
 
-def test_cached_states_teach_what_captions_encoded_online_teach(on_latents):
+def test_cached_text_states_give_the_losses_of_online_encoding(on_latents):
     online, cached = losses(on_latents("online", 0.5)), losses(on_latents("cached", 0.5))
-    assert len(online) == 8 and cached == pytest.approx(online, rel=1e-4)  # states in float16
-    assert losses(on_latents("cached", 0.0)) != pytest.approx(online, rel=1e-4)  # captions show, and so does dropout
+    assert len(online) == 8 and cached == pytest.approx(online, rel=1e-4)  # the cached states are float16
+    assert losses(on_latents("cached", 0.0)) != pytest.approx(online, rel=1e-4)  # captions and dropout have an effect
 
 
-def test_with_all_captions_dropped_cached_states_do_not_matter(on_latents):
+def test_cached_text_states_have_no_effect_if_all_captions_are_dropped(on_latents):
     cached, permuted, online = (
         part(last_checkpoint(on_latents(n, 1.0)), "unet") for n in ("cached", "permuted", "online")
     )
@@ -436,8 +443,8 @@ def test_latents_of_another_network_are_refused(tmp_path, train, latents, stage_
     refused(result, f"model.{part}", str(other), "00000000000000bb", "00000000000000aa", str(latents["cached"]))
 
 
-# ---------------------------------------------------------------- the seed's own YAML
-SEED_TEMPLATE = """
+# ---------------------------------------------------------------- open-diffusion's template
+TEMPLATE = """
 wandb:
     api_key: ???
     # entity: ??? # necessary for a project group
@@ -537,7 +544,7 @@ lr_scheduler:
         learning_rate: ${optimizer.params.learning_rate}
         warmup_length: 500
 """
-SMALLER = {  # what keeps a CPU from training the seed's model on the seed's images
+SMALLER = {  # reduces the model of the template, so that a CPU can train it
     "[320, 640, 1280, 1280]": "[16, 16, 16, 32]",
     "cross_attention_dim: 768": "cross_attention_dim: 32",
     "norm_num_groups: 32": "norm_num_groups: 8",
@@ -547,15 +554,15 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def seed_run(tmp_path_factory, tiny_parts, image_shards) -> tuple[Path, str]:
-    """The folder and output of the template's training: ??? filled in by dot-list, on brace-notation shards."""
-    folder, text = tmp_path_factory.mktemp("seed"), SEED_TEMPLATE
+def template_run(tmp_path_factory, tiny_parts, image_shards) -> tuple[Path, str]:
+    """Train the template, with every ??? set by an override, on shards in brace notation; return folder and output."""
+    folder, text = tmp_path_factory.mktemp("template"), TEMPLATE
     for old, new in SMALLER.items():
         assert old in text
         text = text.replace(old, new)
     (folder / "template.yaml").write_text(text)
     filled = {f"model.{part}.pretrained": tiny_parts for part in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    filled |= {"wandb.api_key": SECRET, "experiment.log_dir": "logs", "experiment.project": "seed"}
+    filled |= {"wandb.api_key": SECRET, "experiment.log_dir": "logs", "experiment.project": "open-diffusion"}
     filled |= {"experiment.name": "template", "experiment.num_examples_to_see": 4}
     filled |= {"dataset.params.path": f"{image_shards}/{{00000..00002}}.tar"}
     smaller = {"system.batch_size": 2, "system.workers": 2, "dataset.params.resolution": 32}
@@ -567,36 +574,36 @@ def seed_run(tmp_path_factory, tiny_parts, image_shards) -> tuple[Path, str]:
     return folder, result.stdout + result.stderr
 
 
-def test_the_seeds_template_trains(seed_run):
-    folder, text = seed_run
-    record = json.loads((folder / "logs/seed/template/4/train.json").read_text())
+def test_open_diffusion_template_trains(template_run):
+    folder, text = template_run
+    record = json.loads((folder / "logs/open-diffusion/template/4/train.json").read_text())
     assert record["samples"] == 25 and record["dropped"] == {"filters": 16}  # pwatermark <= 0.5
     assert record["steps"] == 2
     assert "model.xformers: needs CUDA" in text
 
 
-def test_the_seeds_template_leaves_a_pipeline(seed_run):
+def test_open_diffusion_template_exports_a_pipeline(template_run):
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(seed_run[0] / "logs/seed/template/pipeline")
+    pipe = StableDiffusionPipeline.from_pretrained(template_run[0] / "logs/open-diffusion/template/pipeline")
     pipe.set_progress_bar_config(disable=True)
     rng = torch.Generator().manual_seed(0)
     image = pipe("a red circle", num_inference_steps=2, height=32, width=32, generator=rng).images[0]
     assert image.size == (32, 32)
 
 
-def test_wandb_records_offline_and_no_file_holds_the_key(seed_run):
-    folder, text = seed_run
-    assert list(folder.glob("logs/seed/template/wandb/offline-run-*/*.wandb"))
+def test_wandb_records_offline_and_no_file_holds_the_key(template_run):
+    folder, text = template_run
+    assert list(folder.glob("logs/open-diffusion/template/wandb/offline-run-*/*.wandb"))
     assert SECRET not in text
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "template.yaml":
             assert SECRET.encode() not in path.read_bytes(), path
 
 
-# ---------------------------------------------------------------- what cannot be trained
+# ---------------------------------------------------------------- invalid input
 def broken_shards(image_shards: Path, folder: Path, how: str) -> Path:
-    """A copy of the shards in which the second one is missing or cut short."""
+    """Copy the shards without the second one, or with the second one truncated."""
     copy = shutil.copytree(image_shards, folder / "shards")
     shard = copy / "00001.tar"
     if how == "missing":
@@ -618,34 +625,34 @@ def test_a_broken_shard_is_refused(tmp_path, train, stage_yaml, image_shards, no
 MISTAKES = {
     "an unknown key": (["optimizer.params.learning_rat=1"], ["learning_rat", "did you mean", "learning_rate"]),
     "a malformed predicate": (["dataset.params.filters.pwatermark='=>1'"], ["pwatermark", "=>1"]),
-    "nothing left": (["dataset.params.filters.pwatermark='>5'"], ["no sample", "41", "filters"]),
-    "parts that do not fit": (
+    "filters that keep no sample": (["dataset.params.filters.pwatermark='>5'"], ["no sample", "41", "filters"]),
+    "components that do not fit": (
         ["model.unet.params.cross_attention_dim=64"],
         ["model.unet.params.cross_attention_dim", "32"],
     ),
-    "no such part": (["model.vae.pretrained=./nowhere"], ["model.vae.pretrained", "./nowhere"]),
+    "no such component": (["model.vae.pretrained=./nowhere"], ["model.vae.pretrained", "./nowhere"]),
     "no such shards": (["dataset.params.path=nowhere.json"], ["nowhere.json", "no such manifest"]),
-    "no such first stage": (["init=nowhere/pipeline"], ["init", "nowhere/pipeline"]),
-    "heads that do not divide": (
+    "no such initial weights": (["init=nowhere/pipeline"], ["init", "nowhere/pipeline"]),
+    "heads that do not divide the channels": (
         ["model.unet.params.attention_head_dim=3"],
         ["model.unet.params.attention_head_dim", "3", "16"],
     ),
     "latents of another depth": (["model.unet.params.in_channels=8"], ["model.unet.params.in_channels", "8", "4"]),
     "a size that cannot be halved": (["dataset.params.resolution=33"], ["dataset.params.resolution", "33", "32"]),
-    "a batch that does not divide": (
+    "an indivisible global batch": (
         ["system.batch_size=2", "system.global_batch=5"],
         ["system.global_batch", "5", "system.batch_size=2"],
     ),
-    "a batch of nothing": (["system.batch_size=0"], ["system.batch_size", "0"]),
-    "a found batch without a GPU": (["system.batch_size=auto"], ["system.batch_size", "auto", "GPU"]),
-    "a found batch of shards": (
+    "a batch of no images": (["system.batch_size=0"], ["system.batch_size", "0"]),
+    "automatic batch size without a GPU": (["system.batch_size=auto"], ["system.batch_size", "auto", "GPU"]),
+    "automatic batch size with fsdp": (
         ["system.batch_size=auto", "distributed.strategy=fsdp"],
         ["system.batch_size", "auto", "distributed.strategy=ddp"],
     ),
-    "a wait longer than others wait": (["experiment.wait_minutes=30"], ["experiment.wait_minutes", "timeout_minutes"]),
+    "a wait longer than the timeout": (["experiment.wait_minutes=30"], ["experiment.wait_minutes", "timeout_minutes"]),
     "a decay of one": (["optimizer.params.beta1=1"], ["optimizer.params.beta1", "less than 1"]),
-    "sharding over one": (["distributed.strategy=fsdp"], ["distributed.strategy", "ddp"]),
-    "sharded additions": (
+    "sharding over one rank": (["distributed.strategy=fsdp"], ["distributed.strategy", "ddp"]),
+    "LoRA with fsdp": (
         ["distributed.strategy=fsdp", "model.lora.rank=2"],
         ["model.lora", "distributed.strategy=ddp"],
     ),
@@ -665,13 +672,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_with_one_message(tmp_path, train, stage_yaml, mistake):
+def test_invalid_settings_end_with_one_message(tmp_path, train, stage_yaml, mistake):
     arguments, named = MISTAKES[mistake]
     refused(train(tmp_path, f"config={stage_yaml}", *arguments), *named)
     assert not list(tmp_path.rglob("train.json")) and not list(tmp_path.rglob("*.distcp"))
 
 
-def test_keys_left_open_are_named(tmp_path, train, stage_values):
+def test_unset_required_keys_are_named(tmp_path, train, stage_values):
     experiment = {**stage_values["experiment"], "project": "???", "num_examples_to_see": "???"}
     (tmp_path / "open.yaml").write_text(yaml.safe_dump({**stage_values, "experiment": experiment}))
     result = train(tmp_path, "config=open.yaml")
@@ -685,7 +692,7 @@ def test_nccl_without_cuda_is_refused_by_every_rank(tmp_path, train, stage_yaml)
     assert not (tmp_path / "logs").exists()
 
 
-def test_an_unreadable_checkpoint_is_refused_and_left(by_milestones, tmp_path, train, frozen_yaml):
+def test_unreadable_checkpoint_is_refused_and_not_deleted(by_milestones, tmp_path, train, frozen_yaml):
     folder = shutil.copytree(by_milestones, tmp_path / "damaged", symlinks=True)
     (kept,) = folder.glob("logs/tiny/stage1/checkpoints/*/16")
     for file in kept.glob("*.distcp"):
@@ -699,13 +706,13 @@ def test_an_unreadable_checkpoint_is_refused_and_left(by_milestones, tmp_path, t
 def test_a_second_trainer_in_one_folder_is_refused(by_milestones, train, frozen_yaml):
     before = sorted(by_milestones.rglob("*"))
     with open(by_milestones / RUN / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # as a trainer that is still alive holds it
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a running trainer does
         result = train(by_milestones, f"config={frozen_yaml}", "experiment.stop_at=16")
     refused(result, str(RUN), "another process is training here")
     assert sorted(by_milestones.rglob("*")) == before
 
 
-def test_other_data_are_another_training(tmp_path, train, stage_yaml, image_shards):
+def test_other_data_are_refused_in_the_same_folder(tmp_path, train, stage_yaml, image_shards):
     def run(shard: str, *more: str):
         short = ("experiment.num_examples_to_see=4", "experiment.milestones=[]", *more)
         return train(tmp_path, f"config={stage_yaml}", f"dataset.params.path={image_shards}/{shard}", *short)
@@ -719,7 +726,7 @@ def test_other_data_are_another_training(tmp_path, train, stage_yaml, image_shar
 
 
 @pytest.mark.parametrize("kind", ["CSVDataset", "ParquetDataset"])
-def test_images_in_tables_are_trained_on(tmp_path, train, stage_yaml, image_shards, kind):
+def test_training_reads_images_from_tables(tmp_path, train, stage_yaml, image_shards, kind):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

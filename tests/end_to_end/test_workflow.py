@@ -63,7 +63,7 @@ def test_a_failing_step_ends_the_run_with_its_message(checkout):
     assert sorted(path.name for path in (checkout / "results/data/lost").iterdir()) == ["config"]
 
 
-def test_the_run_goes_on_where_it_was_killed(finished):
+def test_killed_run_resumes_from_its_last_checkpoint(finished):
     said = (finished / "logs/runs/tiny/stage1/400/train.log").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("resumed at")]
     images = int(line.split()[2])
@@ -73,12 +73,12 @@ def test_the_run_goes_on_where_it_was_killed(finished):
     assert "build_shards" not in (finished / "output").read_text()  # what was done before the kill stays done
 
 
-def test_a_second_call_has_nothing_to_do(finished):
+def test_second_invocation_has_nothing_to_do(finished):
     assert snakemake(finished).wait(timeout=120) == 0
     assert "Nothing to be done" in (finished / "output").read_text()
 
 
-def test_rows_and_images_are_accounted_for(finished):
+def test_every_row_is_counted_as_kept_or_dropped(finished):
     data = finished / "results/data/tiny"
     manifests = {
         split: json.loads((data / split / "shards/manifest.json").read_text()) for split in ("train", "held_out")
@@ -109,7 +109,7 @@ def test_yields_are_printed_and_verify_names_a_flipped_byte(finished):
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_shards_are_chosen_from_by_their_metadata(finished):
+def test_existing_shards_are_resharded_by_metadata(finished):
     (finished / "configs/data/wide.yaml").write_text(CHOSEN)
     manifest = finished / "results/data/wide/train/shards/manifest.json"
     assert snakemake(finished, "--", str(manifest.relative_to(finished))).wait(timeout=60) == 0
@@ -145,6 +145,6 @@ def test_the_pipeline_samples_offline(finished):
     assert pipe("a red square", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
 
 
-def test_no_process_is_left(finished):
+def test_no_process_remains(finished):
     left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] and Path(p.info["cwd"]).is_relative_to(finished)]
     assert left == []

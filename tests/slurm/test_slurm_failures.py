@@ -35,7 +35,7 @@ def names_rule_job_and_log(said: str) -> str:
     return Path(re.search(rf"\S+/{job}\.log", said)[0]).read_text()
 
 
-def test_sbatch_refuses_three_jobs(ready):
+def test_jobs_refused_by_sbatch_name_the_reason(ready):
     """One invocation; each run asks for something that the cluster does not have."""
     partition, constraint = {"none": "nowhere", "closed": "lab", "feature": "gpu"}, {"feature": "unheard-of"}
     for run in partition:
@@ -60,14 +60,14 @@ def test_sbatch_refuses_three_jobs(ready):
     assert "rule train" in call.said()
 
 
-def test_memory_exceeded(ready):
+def test_exceeded_memory_is_named(ready):
     with training(ready, "greedy", mem_mb=30) as call:
         assert call.ends() == 1
     assert "exceeded memory limit" in names_rule_job_and_log(call.said())
     assert "exceeded memory limit" in call.said()
 
 
-def test_time_limit_without_a_warning(ready):
+def test_exceeded_time_limit_is_named(ready):
     with training(ready, "slow", steps=300, slurm_extra="'--no-requeue'") as call:
         wait_for(lambda: (stage_folder(ready, "slow") / "log.jsonl").exists(), "the training to begin", 100, call.said)
         (job,) = running(ready, "slow")
@@ -77,7 +77,7 @@ def test_time_limit_without_a_warning(ready):
     assert "DUE TO TIME LIMIT" in call.said()
 
 
-def test_the_environment_is_missing_on_a_node(ready):
+def test_environment_missing_on_a_node_is_named(ready):
     tools = FILES / "private/bin"  # which the last node does not see
     tools.mkdir(exist_ok=True)
     executable(tools / "python", f'#!/bin/bash\nexec {shutil.which("python")} "$@"\n')
@@ -115,7 +115,7 @@ def lagging(folder: Path, seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("wait", "code"), [(30, 0), (2, 1)])
-def test_a_shared_file_system_that_lags(ready, wait, code):
+def test_late_files_are_waited_for_until_latency_wait(ready, wait, code):
     name = f"late{wait}"
     (ready / f"configs/data/{name}.yaml").write_text(
         "table: {path: images/table.csv, columns: {url: URL, caption: TEXT}}"

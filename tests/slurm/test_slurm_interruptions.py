@@ -50,7 +50,7 @@ def resumed(folder: Path, run: str) -> list[int]:
     return [int(n.replace(",", "")) for n in re.findall(rf"resumed at ([\d,]+) images from \S*runs/{run}/", text)]
 
 
-def test_requeued_by_hand(ready, undisturbed):
+def test_resume_after_scontrol_requeue_is_identical(ready, undisturbed):
     write_run(ready, "requeued")
     with snakemake(ready, "--config", "run=requeued", "--", "stages") as call:
         job = train_until_saved(call, "requeued")
@@ -61,7 +61,7 @@ def test_requeued_by_hand(ready, undisturbed):
     as_if_nothing_had_happened(ready, "requeued", undisturbed)
 
 
-def test_preempted(ready, undisturbed):
+def test_resume_after_preemption_is_identical(ready, undisturbed):
     write_run(ready, "preempted")
     with snakemake(ready, "--config", "run=preempted", "--", "stages") as call:
         job = train_until_saved(call, "preempted")
@@ -72,7 +72,7 @@ def test_preempted(ready, undisturbed):
     as_if_nothing_had_happened(ready, "preempted", undisturbed)
 
 
-def test_a_node_is_lost(ready, undisturbed):
+def test_resume_after_a_lost_node_is_identical(ready, undisturbed):
     """Its slurmd and all that ran there, in one moment."""
     write_run(ready, "lost")
     with snakemake(ready, "--config", "run=lost", "--", "stages") as call:
@@ -91,7 +91,7 @@ def test_a_node_is_lost(ready, undisturbed):
     as_if_nothing_had_happened(ready, "lost", undisturbed)
 
 
-def test_the_time_limit_comes_near(ready, undisturbed):
+def test_resume_after_the_time_limit_warning_is_identical(ready, undisturbed):
     """SLURM's warning, ten minutes ahead as in the shipped profile: save, back into the queue, go on as one job."""
     write_run(ready, "limited")
     with snakemake(ready, "--config", "run=limited", "--", "stages") as call:
@@ -117,7 +117,7 @@ def ranks_of(run: str) -> list[psutil.Process]:
     return [p for p in ours if p.info["name"].startswith("python")]
 
 
-def test_cancelled_and_called_again(ready, undisturbed):
+def test_resume_after_scancel_is_identical(ready, undisturbed):
     write_run(ready, "cancelled")
     with snakemake(ready, "--config", "run=cancelled", "--retries", "0", "--", "stages") as call:
         job = train_until_saved(call, "cancelled")
@@ -130,7 +130,7 @@ def test_cancelled_and_called_again(ready, undisturbed):
     as_if_nothing_had_happened(ready, "cancelled", undisturbed)
 
 
-def test_snakemake_is_killed_and_called_again(ready, undisturbed):
+def test_second_invocation_waits_for_jobs_of_a_killed_one(ready, undisturbed):
     """The job goes on without it; the second call waits for its end, and nothing is trained twice."""
     write_run(ready, "orphaned")
     with snakemake(ready, "--config", "run=orphaned", "--", "stages") as first:
@@ -148,7 +148,7 @@ def test_snakemake_is_killed_and_called_again(ready, undisturbed):
     as_if_nothing_had_happened(ready, "orphaned", undisturbed)
 
 
-def test_an_edit_while_a_job_waits_changes_nothing(ready, undisturbed):
+def test_edits_do_not_affect_a_waiting_job(ready, undisturbed):
     """Not even one that no job could read."""
     write_run(ready, "edited")
     files = [ready / "configs/edited.yaml", ready / "configs/data/ready.yaml", ready / "configs/components.yaml"]

@@ -28,7 +28,7 @@ def finished(tmp_path_factory, tiny_parts, tiny_unet_params):
         return folder, call.succeeds(800)
 
 
-def test_from_a_table_to_a_report(finished):
+def test_run_leads_from_a_table_to_a_report(finished):
     folder, said = finished
     assert (folder / "results/runs/demo/report.html").exists()
     metrics = json.loads((folder / "results/runs/demo/metrics.json").read_text())
@@ -37,7 +37,7 @@ def test_from_a_table_to_a_report(finished):
     assert all(row.nodes == 2 for row in ended(folder, "train")) and len(ended(folder, "train")) == 3
 
 
-def test_every_rule_is_a_job_or_local_as_fits(finished):
+def test_only_small_rules_are_local_and_all_others_are_jobs(finished):
     folder, said = finished
     submitted = {path.name.removeprefix("rule_") for path in (folder / ".snakemake/slurm_logs").glob("rule_*")}
     assert {*re.findall(r"^localrule (\w+):", said, re.MULTILINE)} == LOCAL
@@ -53,7 +53,7 @@ def test_a_milestone_is_measured_while_the_next_one_trains(finished):
     assert overlap(rows[sample], rows[train]) > 0
 
 
-def test_a_second_call_has_nothing_to_do(finished):
+def test_second_invocation_has_nothing_to_do(finished):
     folder, _ = finished
     with snakemake(folder, program=TO_THE_LETTER) as call:
         assert "Nothing to be done" in call.succeeds(60)
@@ -63,7 +63,7 @@ def test_a_second_call_has_nothing_to_do(finished):
 PARTS, IN_A_GROUP, IN_FLIGHT = 20, 4, 3
 
 
-def test_many_jobs_in_groups_a_few_at_a_time(finished):
+def test_jobs_are_grouped_and_their_number_is_limited(finished):
     """A group is one SLURM job; the number of jobs in the queue and the rate of submission are limited."""
     folder, _ = finished
     (folder / "many").mkdir()

@@ -32,7 +32,7 @@ def status(folder: Path, run: str) -> str:
     return command("python", "workflow/scripts/status.py", f"run={run}", folder=folder)
 
 
-def test_two_nodes_learn_what_torchrun_learns(ready, undisturbed):
+def test_two_nodes_give_the_same_training_as_torchrun(ready, undisturbed):
     """Meanwhile `make status` shows the job, while it waits and while it runs."""
     write_run(ready, "plain")
     with snakemake(ready, "--config", "run=plain", "--", "stages") as call:
@@ -49,7 +49,7 @@ def test_two_nodes_learn_what_torchrun_learns(ready, undisturbed):
     assert ended(ready, "train")[-1].nodes == 2
 
 
-def test_torchrun_under_slurm_learns_the_same(ready, undisturbed):
+def test_torchrun_under_slurm_gives_the_same_training(ready, undisturbed):
     """As docs/slurm.md writes it: one task a node, the rest of the job as it is."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.DOTALL)
     (values,) = [yaml.safe_load(block) for block in blocks if "torch.distributed.run" in block]
@@ -60,7 +60,7 @@ def test_torchrun_under_slurm_learns_the_same(ready, undisturbed):
     as_if_nothing_had_happened(ready, "elastic", undisturbed)
 
 
-def test_the_script_for_sbatch_learns_the_same_and_survives_a_requeue(ready, undisturbed):
+def test_sbatch_script_resumes_after_a_requeue_with_identical_weights(ready, undisturbed):
     write_run(ready, "script")
     shape = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=gpu:2", "--mem=4000")
     words = (*shape, "profiles/slurm/multinode.sbatch", f"config={frozen(ready, 'script')}")
@@ -87,7 +87,7 @@ exec {sbatch} "$@"
 """
 
 
-def test_the_shipped_profile_gives_sixteen_nodes_of_eight(ready, tmp_path, monkeypatch):
+def test_shipped_profile_starts_sixteen_nodes_of_eight_ranks(ready, tmp_path, monkeypatch):
     """As it is, but for what each rank runs; and what sbatch was given."""
     write_run(ready, "large")
     profile = copy_profile(ready, "large", of=ROOT / "profiles/slurm")
@@ -129,7 +129,7 @@ def shipped_launch() -> str:
         ({"launch": "'profiles/slurm/rank.sh $(command -v python)'"}, 1),  # no srun
     ],
 )
-def test_another_number_of_ranks_is_refused(ready, train, came):
+def test_unplanned_number_of_ranks_is_refused(ready, train, came):
     write_run(ready, f"short{came}")
     edit_resources(ready, profile := copy_profile(ready, f"short{came}"), train=train)
     with snakemake(ready, "--config", f"run=short{came}", "--retries", "0", "--", "stages", profile=profile) as call:
@@ -138,7 +138,7 @@ def test_another_number_of_ranks_is_refused(ready, train, came):
     assert not (stage_folder(ready, f"short{came}") / "checkpoints").exists()
 
 
-def test_a_profile_that_lost_its_resources_is_refused(ready):
+def test_set_resources_that_replace_the_profile_are_refused(ready):
     """A key on the command line takes the place of the profile's whole key: all other resources are gone."""
     write_run(ready, "bare")
     with snakemake(ready, "--config", "run=bare", "--set-resources", "train:nodes=4", "--", "stages") as call:

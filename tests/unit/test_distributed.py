@@ -31,7 +31,7 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2",
         ({"RANK": "1"}, World(0, 1, 0, "single")),
     ],
 )
-def test_world_reads_the_launcher(environ, expected):
+def test_world_is_read_from_the_launcher_variables(environ, expected):
     assert distributed.world(environ) == expected
     assert expected.is_main == (expected.rank == 0)
 
@@ -49,7 +49,7 @@ def scontrol(tmp_path, monkeypatch):
     return write
 
 
-def test_slurm_ranks_meet_at_the_first_host(scontrol):
+def test_slurm_ranks_rendezvous_at_the_first_host(scontrol):
     scontrol('[ "$1 $2 $3" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"')
     env = {**SLURM, "SLURM_JOB_NODELIST": "node[7-8]"}
     distributed._set_rendezvous(env)
@@ -59,7 +59,7 @@ def test_slurm_ranks_meet_at_the_first_host(scontrol):
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("chosen", "1")
 
 
-def test_scontrol_that_fails_or_is_absent_leaves_a_remedy(scontrol):
+def test_failing_or_missing_scontrol_names_the_remedy(scontrol):
     env = {**SLURM, "SLURM_JOB_NODELIST": "node7"}
     with pytest.raises(
         DistError, match="scontrol show hostnames node7: .*No such file.*set MASTER_ADDR to the job's first"
@@ -87,7 +87,7 @@ def test_another_number_of_ranks_than_planned_is_refused():
         distributed.check_world_size(128, here)
 
 
-def test_one_process_needs_no_group(alone):
+def test_one_process_needs_no_process_group(alone):
     here, device = distributed.start()
     assert here == World(0, 1, 0, "single") and device.type in ("cpu", "cuda")
     assert distributed.all_reduce_sum(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
@@ -102,7 +102,7 @@ def test_one_process_needs_no_group(alone):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here")
-def test_nccl_without_cuda_says_what_to_set(alone):
+def test_nccl_without_cuda_names_the_key_to_set(alone):
     assert distributed.start("nccl")[0].size == 1  # no backend for one process: open-diffusion files run on a laptop
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         alone.setenv(name, value)
@@ -111,7 +111,7 @@ def test_nccl_without_cuda_says_what_to_set(alone):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of gloo")
-def test_processes_that_cannot_meet_say_where(alone):
+def test_failed_rendezvous_names_backend_and_address(alone):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         alone.setenv(name, value)
     with pytest.raises(DistError, match="dist_backend=gloo, distributed.dist_url=env://: 2 processes could not join"):
@@ -126,7 +126,7 @@ def agree(rank: int):
     return sums, distributed.gather_objects({"rank": rank})
 
 
-def test_ranks_add_up_and_agree():
+def test_collectives_of_two_ranks():
     (sums, gathered), other = run_ranks(agree, 2)
     assert sums == other[0] == [1.0, 20.0]
     assert gathered == [{"rank": 0}, {"rank": 1}] and other[1] is None
@@ -139,7 +139,7 @@ def meet(rank: int, system) -> list[float]:
     return distributed.all_reduce_sum(torch.tensor([1.0, float(rank)])).tolist()
 
 
-def test_ranks_meet_where_they_are_told(tmp_path):
+def test_dist_url_sets_the_rendezvous(tmp_path):
     where = ["distributed.dist_backend=gloo", f"distributed.dist_url=file://{tmp_path}/store"]
     section = load_config(schema.StageConfig, overrides=where).system
     assert run_ranks(meet, 2, section) == [[2.0, 1.0]] * 2 and (tmp_path / "store").exists()
@@ -159,7 +159,7 @@ def lose(rank: int, dead: int, folder) -> list[int]:
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_rank_that_died_is_found_out(tmp_path, dead):
+def test_dead_rank_is_named(tmp_path, dead):
     with pytest.raises(AssertionError, match="came to no end"):
         run_ranks(lose, 2, dead, tmp_path)
     assert (tmp_path / str(1 - dead)).read_text() == str([dead])
@@ -179,12 +179,12 @@ def system(**values):
         ({"batch_size": 4, "global_batch": 64, "gradient_accumulation": 99}, 16, (4, 1, 64)),
     ],
 )
-def test_the_global_batch_decides_the_accumulation(values, world_size, expected):
+def test_global_batch_determines_the_accumulation(values, world_size, expected):
     micro_batch, global_batch = parallel.batch_sizes(system(**values), world_size)
     assert (micro_batch, Sizes(0, world_size, micro_batch, global_batch).accumulation, global_batch) == expected
 
 
-def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
+def test_indivisible_global_batch_is_refused_with_a_valid_value():
     with pytest.raises(
         DistError, match="global_batch: 50 is not a multiple of 2 ranks x system.batch_size=8; set it to 48"
     ):
@@ -192,12 +192,12 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
-def test_auto_needs_a_gpu():
+def test_auto_batch_size_needs_a_gpu():
     with pytest.raises(DistError, match="system.batch_size: auto measures what fits a GPU, and there is none"):
         parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2)
 
 
-def test_auto_needs_a_global_batch_of_whole_shares(monkeypatch):
+def test_auto_batch_size_needs_a_global_batch_divisible_by_the_ranks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2) == (None, 64)
     for size in (None, 63):
@@ -206,7 +206,7 @@ def test_auto_needs_a_global_batch_of_whole_shares(monkeypatch):
 
 
 # ---------------------------------------------------------------- signals
-def test_signals_are_noted_and_at_the_end_ignored():
+def test_signals_are_recorded_and_then_ignored():
     before = {number: signal.getsignal(number) for number in distributed.StopHandler.SIGNALS}
     try:
         for number in distributed.StopHandler.SIGNALS:

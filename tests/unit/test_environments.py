@@ -76,13 +76,13 @@ def test_no_requirements_file_names_a_host(path):
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_no_lock_pulls_a_build_of_torch_or_what_breaks_one(lock):
+def test_no_lock_contains_torch_or_packages_that_require_a_build_of_it(lock):
     forbidden = r"(torch|torchvision|torchaudio|torch-fidelity|triton|xformers|nvidia-.*|cuda-.*)"
     names = {canonicalize_name(r.name) for r in requirements(REQUIREMENTS / f"{lock}.txt")}
     assert not {name for name in names if re.fullmatch(forbidden, name)}
 
 
-def test_every_direct_dependency_says_why_it_is_there():
+def test_every_direct_dependency_has_a_reason():
     lines = [line for line in (REQUIREMENTS / "env.in").read_text().splitlines() if "==" in line]
     assert lines and not [line for line in lines if not re.search(r"\s# \S", line)]
 
@@ -135,7 +135,7 @@ def test_dependencies_of_the_package_are_the_pinned_ones_of_the_library():
         assert dependency.specifier.contains(pinned[canonicalize_name(dependency.name)]), str(dependency)
 
 
-def test_what_is_installed_here_is_what_the_lock_says():
+def test_installed_versions_are_the_pinned_ones():
     for name, version in direct_pins().items():
         assert metadata.version(name).partition("+")[0] == version, name
 
@@ -165,14 +165,14 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=30)
 
 
-def test_make_alone_lists_every_target(checkout):
+def test_make_without_target_lists_every_target(checkout):
     listed = make(checkout).stdout
     for target in ("env", "demo", "test", "lint", "bench", "lock", "clean-env", "help"):
         assert re.search(rf"^make {target} ", listed, re.MULTILINE), target
 
 
 @pytest.mark.parametrize("python", ["missing", "of another version"])
-def test_make_env_without_python_3_11_says_so_and_leaves_nothing(checkout, python):
+def test_make_env_without_python_3_11_is_an_error_and_creates_nothing(checkout, python):
     command = checkout / "python"
     if python == "of another version":  # an interpreter whose version check fails
         command.write_text("#!/bin/sh\nexit 1\n")
@@ -183,7 +183,7 @@ def test_make_env_without_python_3_11_says_so_and_leaves_nothing(checkout, pytho
     assert not list(checkout.glob(".venv*"))
 
 
-def test_make_env_has_nothing_to_do_once_the_stamps_are_there(checkout):
+def test_make_env_does_nothing_if_the_stamps_are_newer_than_the_locks(checkout):
     uv = checkout / ".venv-uv/bin/uv"
     for file in (uv, checkout / ".venv/.done", checkout / ".venv-data/.done"):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -55,12 +55,12 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     return found
 
 
-def test_all_wings_are_known():
+def test_every_wing_is_listed():
     assert {name.partition(".")[0] for name in NAMES} == set(WINGS)
     assert {"train", "sample"} <= {file.stem for file in SCRIPTS}
 
 
-def test_imports_are_seen(tmp_path):
+def test_imports_are_found_anywhere_in_a_file(tmp_path):
     file = tmp_path / "x.py"
     file.write_text(
         "from sdtrain.data import stream as s\ndef f():\n    import sdtrain.models.parts\n"
@@ -81,13 +81,13 @@ def test_the_library_does_not_import_the_demo():
     assert not any(name.partition(".")[0] == "demo" for file in LIBRARY for name in imports(file))
 
 
-def test_no_module_imports_itself_through_others():
+def test_there_is_no_import_cycle():
     assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == ["a", "b"]
     assert circles({name_of(file): library_modules(file) for file in LIBRARY}) == []
 
 
 @pytest.mark.parametrize("file", [*(WORKFLOW / "sdtrain").glob("*/__init__.py")], ids=lambda file: file.parent.name)
-def test_a_wing_says_what_it_is_for(file):
+def test_every_wing_documents_its_imports(file):
     assert "Imports" in ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     assert not imports(file), "an __init__ imports nothing: what is imported is seen where it is used"
 

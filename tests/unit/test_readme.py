@@ -57,13 +57,13 @@ def test_the_tree_names_every_wing_and_folder():
 
 
 @pytest.mark.parametrize(("what", "path", "names"), WHERE, ids=[row[0] for row in WHERE])
-def test_what_the_readme_locates_is_there(what, path, names):
+def test_names_in_the_table_of_locations_exist(what, path, names):
     stated = re.findall(r"`([\w-]+)`", names.partition(";")[0])
     assert stated, f"README.md names nothing in {path}"
     assert set(stated) <= names_in(ROOT / path)
 
 
-def test_the_readme_locates_five_things():
+def test_table_of_locations_has_five_rows():
     assert len(WHERE) >= 5
 
 
@@ -87,7 +87,7 @@ def test_links_between_pages_lead_to_files(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_paths_of_the_source_that_a_page_names_exist(page):
+def test_source_paths_named_in_a_page_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:workflow|tests|configs|profiles|benchmarks|docs)/[\w./-]+)`", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
@@ -101,7 +101,7 @@ QUOTED = (  # our own messages that docs/slurm.md explains
 
 
 @pytest.mark.parametrize("words", QUOTED)
-def test_a_message_that_the_slurm_page_explains_is_one_of_the_code(words):
+def test_messages_explained_in_slurm_md_exist_in_the_code(words):
     assert words in (ROOT / "docs/slurm.md").read_text(encoding="utf-8")
     files = [file for folder in ("workflow", "profiles") for file in (ROOT / folder).rglob("*.*") if file.is_file()]
     assert any(words.encode() in file.read_bytes() for file in files if file.suffix in {".py", ".smk", ".sh"})

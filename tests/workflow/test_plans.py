@@ -29,7 +29,7 @@ def written(tree) -> list[str]:
     return sorted(str(p.relative_to(tree)) for p in found)
 
 
-def test_the_runs_that_are_promised_are_there():
+def test_documented_runs_exist():
     assert {"demo", "sd-v1", "sd-v2-base", "imagenet", "finetune"} <= set(RUNS)
 
 
@@ -75,7 +75,7 @@ LAUNCH = {
 }
 
 
-def test_the_demo_makes_everything_from_packages(planned):
+def test_demo_needs_only_packages(planned):
     demo = planned("demo")
     assert demo.rules >= {"fetch_table", "select_samples", "build_shards", "precompute_latents", "download_component"}
     assert all("text_encoder=resources/components/minilm" in j["shellcmd"] for j in demo.of("precompute_latents"))
@@ -85,7 +85,7 @@ def test_the_demo_makes_everything_from_packages(planned):
     assert "train_autoencoder" not in demo.rules
 
 
-def test_sd_v2_base_is_the_whole_real_experiment(planned):
+def test_sd_v2_base_plans_the_full_experiment(planned):
     real = planned("sd-v2-base")
     assert set(trained(real)) == {"stage1", "stage2"}
     by_stage = {stage: [j for j in real.of("train") if j["wildcards"]["stage"] == stage] for stage in trained(real)}
@@ -105,12 +105,12 @@ def test_sd_v2_base_is_the_whole_real_experiment(planned):
     assert {len(job["input"]) for job in real.of("gather_shards")} == {1, 64}
 
 
-def test_shards_that_exist_are_taken_as_they_are(checkout, plan):
+def test_existing_shards_are_indexed_in_place(checkout, plan):
     imagenet = plan(checkout, "--config", "run=imagenet", "--", "data")
     assert imagenet.rules == {"freeze", "index_shards", "gather_shards"}
 
 
-def test_shards_that_exist_are_chosen_from_where_filters_ask_for_it(checkout, plan):
+def test_existing_shards_with_filters_are_resharded(checkout, plan):
     (checkout / "configs/data/big.yaml").write_text(BIG)
     chosen = plan(checkout, "--", "results/data/big/train/shards/manifest.json")
     assert chosen.rules >= {"reshard", "gather_shards", "build_shards"} and "index_shards" not in chosen.rules
@@ -123,7 +123,7 @@ def test_shards_that_exist_are_chosen_from_where_filters_ask_for_it(checkout, pl
     assert len(held_out.of("reshard")) == 3  # any source shard may hold some of them
 
 
-def test_the_yields_of_shards_that_exist_are_told_by_their_manifest(checkout, plan):
+def test_yields_of_existing_shards_come_from_their_manifest(checkout, plan):
     yields = plan(checkout, "--config", "run=imagenet", "--", "yields")
     assert yields.rules == {"freeze", "index_shards", "gather_shards", "yields"}
     (job,) = yields.of("yields")
@@ -145,7 +145,7 @@ def grouped(plan, rule: str) -> list[tuple[str, list[dict]]]:
     return [(split, [job for job in jobs if job["wildcards"]["split"] == split]) for split in splits]
 
 
-def test_yields_and_verify_are_targets_of_their_own(checkout, plan):
+def test_yields_and_verify_are_separate_targets(checkout, plan):
     yields = plan(checkout, "--", "yields")
     assert yields.rules == {"freeze", "fetch_table", "select_samples", "yields"}
     verify = plan(checkout, "--", "verify")
@@ -182,7 +182,7 @@ def test_every_gpu_rule_takes_its_resources_from_the_profile():
         (None, ["--config", "set=optimizer.params.learning_rat=1"], ["learning_rat", "did you mean", "learning_rate"]),
     ],
 )
-def test_a_mistake_ends_planning_with_one_message(checkout, plan, edit, words, named):
+def test_invalid_configuration_ends_planning_with_one_message(checkout, plan, edit, words, named):
     """Every kind of mistake: tests/unit/orchestration/test_plan.py."""
     if edit:
         set_key(checkout, *edit)
@@ -192,7 +192,7 @@ def test_a_mistake_ends_planning_with_one_message(checkout, plan, edit, words, n
     assert written(checkout) == []
 
 
-def test_the_command_itself_fails_on_a_mistake(checkout):
+def test_snakemake_exits_with_an_error_for_a_missing_run(checkout):
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--dry-run", "--config", "run=dmo"]
     result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1

@@ -54,18 +54,18 @@ def trained(plan) -> set[str]:
     return {f"{job['wildcards']['stage']}/{job['wildcards']['images']}" for job in plan.of("train")}
 
 
-def test_after_a_run_nothing_is_planned(tree, plan):
+def test_finished_run_plans_nothing(tree, plan):
     assert plan(tree).jobs == []
 
 
-def test_editing_the_evaluation_retrains_nothing(tree, plan):
+def test_edit_of_the_evaluation_trains_nothing(tree, plan):
     set_key(tree, "demo.yaml", "evaluation/guidance_scale", 3.5)
     after = plan(tree)
     assert {"freeze", "sample", "measure", "report"} <= after.rules <= {"freeze", *MEASURES}
     assert [job["output"] for job in after.of("freeze")] == [["results/runs/demo/config/evaluate.yaml"]]
 
 
-def test_order_and_comments_do_nothing(tree, plan):
+def test_order_of_keys_and_comments_plan_nothing(tree, plan):
     for name in ("demo.yaml", "data/emoji.yaml", "components.yaml"):
         path = tree / "configs" / name
         values = yaml.safe_load(path.read_text())
@@ -73,19 +73,19 @@ def test_order_and_comments_do_nothing(tree, plan):
     assert plan(tree).jobs == []
 
 
-def test_a_default_written_out_does_nothing(tree, plan):
+def test_explicit_default_plans_nothing(tree, plan):
     set_key(tree, "demo.yaml", "optimizer/params/beta1", 0.9)
     assert plan(tree).jobs == []
 
 
-def test_a_key_of_all_stages_trains_again_but_leaves_the_data(tree, plan):
+def test_edit_of_all_stages_retrains_them_and_keeps_the_data(tree, plan):
     set_key(tree, "demo.yaml", "optimizer/params/beta2", 0.9)
     after = plan(tree)
     assert trained(after) == FIRST | SECOND
     assert not after.rules & {*DATA, "download_component", "fit_alignment"}
 
 
-def test_a_key_of_the_second_stage_leaves_the_first(tree, plan):
+def test_edit_of_the_second_stage_keeps_the_first(tree, plan):
     set_key(tree, "demo.yaml", "stages/stage2/optimizer/params/learning_rate", 2.0e-3)
     after = plan(tree)
     assert trained(after) == SECOND
@@ -93,26 +93,26 @@ def test_a_key_of_the_second_stage_leaves_the_first(tree, plan):
     assert not after.rules & DATA
 
 
-def test_a_key_of_the_first_stage_trains_both(tree, plan):
+def test_edit_of_the_first_stage_retrains_both(tree, plan):
     set_key(tree, "demo.yaml", "stages/stage1/dataset/params/crop", "random")
     assert trained(plan(tree)) == FIRST | SECOND
 
 
-def test_a_filter_of_the_data_selects_again_and_all_that_follows(tree, plan):
+def test_edit_of_a_data_filter_reruns_the_selection_and_later_steps(tree, plan):
     set_key(tree, "data/emoji.yaml", "select/filters/original_width", ">=128")
     after = plan(tree)
     assert after.rules >= {"select_samples", "build_shards", "precompute_latents", "train", "sample", "report"}
     assert not after.rules & {"fetch_table", "download_component"}
 
 
-def test_how_shards_are_made_leaves_the_selection(tree, plan):
+def test_edit_of_the_shards_keeps_the_selection(tree, plan):
     set_key(tree, "data/emoji.yaml", "shards/samples_per_shard", 99)
     after = plan(tree)
     assert after.rules >= {"build_shards", "precompute_latents", "train"}
     assert not after.rules & {"fetch_table", "select_samples"}
 
 
-def test_a_new_milestone_is_trained_with_what_follows_it(tree, plan):
+def test_new_milestone_reruns_later_milestones(tree, plan):
     set_key(tree, "demo.yaml", "stages/stage1/experiment/milestones", [0, 16000])
     after = plan(tree)
     assert trained(after) == {"stage1/16000", "stage1/32000", *SECOND}
@@ -121,7 +121,7 @@ def test_a_new_milestone_is_trained_with_what_follows_it(tree, plan):
     assert measured == trained(after)
 
 
-def test_a_component_is_fetched_again_with_what_uses_it(tree, plan):
+def test_edit_of_a_component_reruns_the_steps_that_use_it(tree, plan):
     set_key(tree, "components.yaml", "minilm/settings/tokenizer_config.json/model_max_length", 20)
     after = plan(tree)
     assert {job["wildcards"]["component"] for job in after.of("download_component")} == {"minilm"}
@@ -129,7 +129,7 @@ def test_a_component_is_fetched_again_with_what_uses_it(tree, plan):
     assert after.rules & {*DATA} == {"precompute_latents"}
 
 
-def test_more_parts_are_new_jobs(tree, plan):
+def test_edit_of_the_partitions_rebuilds_the_shards(tree, plan):
     set_key(tree, "data/emoji.yaml", "shards/parts", 3)
     after = plan(tree)
     parts = {job["output"][0] for job in after.of("build_shards") if job["wildcards"]["split"] == "train"}
@@ -137,36 +137,36 @@ def test_more_parts_are_new_jobs(tree, plan):
     assert not after.rules & {"fetch_table", "select_samples"}
 
 
-def test_what_latents_hold_leaves_the_images(tree, plan):
+def test_edit_of_the_latents_keeps_the_images(tree, plan):
     set_key(tree, "data/emoji.yaml", "latents/posterior", "moments")
     after = plan(tree)
     assert after.rules & {*DATA, "gather_shards"} == {"precompute_latents"} and trained(after) == FIRST | SECOND
 
 
-def test_another_component_touches_nothing(tree, plan):
+def test_edit_of_an_unused_component_plans_nothing(tree, plan):
     set_key(tree, "components.yaml", "sd-vae/revision", "0" * 40)
     assert plan(tree).jobs == []
 
 
-def test_a_touched_file_of_the_same_content_does_nothing(tree, plan):
+def test_touched_file_of_the_same_content_plans_nothing(tree, plan):
     os.utime(tree / "results/data/emoji/train/shards/manifest.json")
     os.utime(tree / "results/runs/demo/stage1/32000/train.json")
     assert plan(tree).jobs == []
 
 
-def test_a_changed_result_is_followed_up(tree, plan):
+def test_changed_result_reruns_later_steps(tree, plan):
     (tree / "results/runs/demo/stage2/0/train.json").write_text("trained anew\n")
     after = plan(tree)
     assert trained(after) == {"stage2/10000"}
     assert {job["wildcards"]["stage"] for job in after.of("sample")} == {"stage2"}
 
 
-def test_a_missing_report_is_made_again_alone(tree, plan):
+def test_missing_report_reruns_only_the_report(tree, plan):
     (tree / "results/runs/demo/report.html").unlink()
     assert plan(tree).rules == {"report"}
 
 
-def test_an_override_on_the_command_line_counts_as_an_edit(tree, plan):
+def test_override_on_the_command_line_counts_as_an_edit(tree, plan):
     after = plan(tree, "--config", "set=evaluation.guidance_scale=3.5")
     assert {"sample", "report"} <= after.rules <= {"freeze", *MEASURES}
     after = plan(tree, "--config", "set=stages.stage2.experiment.num_examples_to_see=12000 system.threads=2")

@@ -105,7 +105,7 @@ def test_row_has_default_meaning_choices_and_bounds():
     ]
 
 
-def test_defaults_of_a_section_are_those_of_where_it_is():
+def test_section_defaults_depend_on_the_schema_that_includes_it():
     defaults = {key.name: key.default for key in all_keys(schema_data.AutoencoderConfig)}
     assert defaults["optimizer.params.beta2"] == 0.99 and defaults["lr_scheduler.params.warmup_length"] == 100
 
@@ -147,7 +147,7 @@ PREDICTIONS = {"v-prediction": "v_prediction", "zero terminal SNR": "v_predictio
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_a_block_of_yaml_is_valid(text):
+def test_yaml_blocks_of_the_page_are_valid(text):
     values = yaml.safe_load(text)
     if text.startswith("# configs/components.yaml"):
         for entry in values.values():
@@ -157,7 +157,7 @@ def test_a_block_of_yaml_is_valid(text):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_lines_of_an_objective_give_it(name, tiny_parts):
+def test_yaml_lines_of_an_objective_select_it(name, tiny_parts):
     cfg = load_config(schema.StageConfig, values=OBJECTIVES[name])
     scheduler = cfg.model.scheduler
     if scheduler.pretrained or not scheduler.target:  # a component that tests do not download

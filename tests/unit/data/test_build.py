@@ -57,7 +57,7 @@ def samples(manifest: dict, extension="jpg") -> list[dict]:
     return found
 
 
-def test_images_become_shards_whatever_order_they_arrive_in(built):
+def test_shards_do_not_depend_on_the_order_of_downloads(built):
     _, manifest, said = built
     assert manifest["samples"] == 7 and [row["samples"] for row in manifest["shards"]] == [2, 3, 2], said
     for number, sample in zip([0, 3, 4, 6, 7, 8, 9], samples(manifest), strict=True):
@@ -76,7 +76,7 @@ def test_failures_are_counted_by_reason(built):
     assert manifest["dropped"] == {"HTTP Error 404: Not Found": 2, "not a readable image": 1} and "3 dropped" in said
 
 
-def test_damaged_shards_are_made_again_with_the_same_bytes(copy, built, server):
+def test_damaged_shards_are_rebuilt_with_the_same_bytes(copy, built, server):
     """Damage a shard, statistics and temporary files, as a kill may; then make a tar impossible to write."""
     folder = copy.output.parent / Path(built[1]["shards"][1]["name"]).parent
     tar, stats = folder / "00001.tar", folder / "download/00002_stats.json"
@@ -98,7 +98,7 @@ def test_damaged_shards_are_made_again_with_the_same_bytes(copy, built, server):
     assert not (folder / ".00001.tar.tmp").exists() and not (folder / "download/_tmp").exists()
 
 
-def test_options_reach_img2dataset_and_lead_to_another_folder(copy, built, server):
+def test_options_are_passed_to_img2dataset_and_change_the_folder(copy, built, server):
     unlike_json = [[], [], [], [datetime.date(2020, 1, 1)]]
     copy.select(["opaque/0.png", "small/1.png", "2.png", "opaque/3.png"], thing=unlike_json)
     manifest, said = copy.run(
@@ -122,7 +122,7 @@ def test_options_reach_img2dataset_and_lead_to_another_folder(copy, built, serve
     assert Path(manifest["shards"][0]["name"]).parent != Path(built[1]["shards"][0]["name"]).parent
 
 
-def test_an_empty_part_is_valid_and_keys_name_their_part(work, server):
+def test_empty_partition_is_valid_and_keys_contain_the_partition(work, server):
     work.select(1)
     empty, said = work.run(part=0, parts=2, output=work.output.with_name("0-of-2.json"))
     assert (empty["samples"], empty["shards"], empty["dropped"]) == (0, [], {}), said
@@ -133,7 +133,7 @@ def test_an_empty_part_is_valid_and_keys_name_their_part(work, server):
 
 
 @given(st.integers(0, 30), st.integers(1, 9), st.integers(1, 7))
-def test_rows_of_the_parts_add_up_to_the_selection(tmp_path_factory, n, parts, group):
+def test_partitions_together_contain_the_selection(tmp_path_factory, n, parts, group):
     folder = tmp_path_factory.mktemp("rows")
     table = pa.table({"url": [str(i) for i in range(n)], "more": range(n), "caption": ["x"] * n})
     pq.write_table(table, folder / "selected.parquet", row_group_size=group)
@@ -155,7 +155,7 @@ def test_times_and_decimals_become_texts(tmp_path):
     assert row["cost"] == "1.50" and row["at"].startswith("2020-01-02")
 
 
-def test_two_builds_do_not_write_the_same(work, monkeypatch):
+def test_second_build_of_the_same_partition_is_refused(work, monkeypatch):
     monkeypatch.setattr(build, "PATIENCE", 0)
     config = OmegaConf.structured(schema_data.ShardsConfig)
     work.select(1)
@@ -165,7 +165,7 @@ def test_two_builds_do_not_write_the_same(work, monkeypatch):
             build.build_shards(config, str(work.folder / "selected.parquet"), 0, 1, work.output)
 
 
-def test_too_few_images_are_an_error_and_are_asked_again(work, server):
+def test_low_success_rate_is_an_error_and_downloads_are_retried(work, server):
     server.absent = set(range(4, 10))
     work.select(10)
     manifest, said = work.run()
@@ -197,7 +197,7 @@ def test_too_few_images_are_an_error_and_are_asked_again(work, server):
         ({"part": 2, "parts": 2}, "part=2 parts=2: expected a part from 0 to parts - 1"),
     ],
 )
-def test_bad_input_says_what_and_leaves_nothing(work, config, message):
+def test_invalid_input_is_an_error_and_leaves_no_file(work, config, message):
     work.select(4, bytes=[b"x"] * 4)
     manifest, said = work.run(**config)
     assert manifest is None and message in said

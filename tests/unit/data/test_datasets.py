@@ -137,7 +137,7 @@ def test_latents_of_classes_have_prompts(tmp_path):
     assert batch["caption"] == [["cat", "dog"][int(key)] for key in batch["key"]]
 
 
-def test_latents_of_moments_are_drawn_anew_at_each_position(tmp_path):
+def test_latents_are_sampled_from_stored_moments_at_each_position(tmp_path):
     mean, std = torch.randn(4, 8, 8), torch.rand(4, 8, 8)
     tar = write_tar(tmp_path / "a.tar", [("0", {"latent": save({"mean": mean, "std": std}), "txt": b"one"})])
     dataset = LatentDataset(str(tar), seed=3, cache=str(tmp_path / "c"))
@@ -147,7 +147,7 @@ def test_latents_of_moments_are_drawn_anew_at_each_position(tmp_path):
     assert len(drawn.unique(dim=0)) == 256 and abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
-def test_states_of_captions_come_with_the_latents(tmp_path):
+def test_stored_text_states_come_with_the_latents(tmp_path):
     latent = {"latents": torch.zeros(4, 8, 8), "original_size": torch.tensor([30, 40]), "crop": torch.tensor([0, 5])}
     states = [torch.full((7, 5), float(n)).half() for n in range(6)]
     samples = [(f"{n}", {"latent": save(latent), "txt": b"t", "text": save({"text": s})}) for n, s in enumerate(states)]

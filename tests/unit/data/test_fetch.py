@@ -83,7 +83,7 @@ def test_a_download_that_is_cut_off_is_an_error_and_then_made_again(fetcher, web
     assert fetcher.here(config)[0].num_rows == 2
 
 
-def test_a_table_on_s3_is_read_where_it_is(fetcher, s3):
+def test_table_on_s3_is_read_in_place(fetcher, s3):
     for name in "ab":
         address = s3.put(f"fetch/{name}.parquet", parquet())
     table, _ = fetcher.here({"path": s3.url("fetch"), "columns": COLUMNS})
@@ -128,7 +128,7 @@ def test_paths_of_images_become_urls(fetcher, tmp_path):
         ({"columm": {}}, "unknown key columm; did you mean columns?"),
     ],
 )
-def test_bad_input_says_what_and_leaves_nothing(fetcher, tmp_path, change, message):
+def test_invalid_input_is_an_error_and_leaves_no_file(fetcher, tmp_path, change, message):
     (tmp_path / "t.parquet").write_bytes(parquet())
     table, said = fetcher.here({"path": f"{tmp_path}/t.parquet", "columns": COLUMNS} | change)
     assert table is None and message in said
@@ -140,7 +140,7 @@ def test_an_empty_table_is_refused(fetcher, tmp_path):
     assert table is None and "the table has no rows" in said
 
 
-def test_after_kills_the_same_command_ends_in_the_same_bytes(web, tmp_path):
+def test_killed_fetch_ends_with_the_same_bytes(web, tmp_path):
     """Killed at random points and just before each file is put in place; the tables are a download."""
     n = 60_000
     many = {"url": [f"images/{i}.jpg" for i in range(n)], "caption": [f"caption {i}" for i in range(n)]}
@@ -183,7 +183,7 @@ def test_a_dataset_repository_is_fetched_at_its_commit(fetcher, web):
     assert table.num_rows == 4 and table.column_names[:2] == ["url", "caption"]
 
 
-def test_a_hub_that_is_away_or_has_no_such_commit_is_an_error(fetcher, web):
+def test_unreachable_hub_or_unknown_commit_is_an_error(fetcher, web):
     config = {"kind": "hub", "repo": "some/set", "revision": COMMIT, "columns": COLUMNS}
     for endpoint in (NOWHERE, web.url):
         table, said = fetcher.command(config, HF_ENDPOINT=endpoint)

@@ -62,7 +62,7 @@ def test_sixteen_bits_of_grey_keep_their_shades():
     assert np.array_equal(found[..., 0], np.arange(256).reshape(16, 16)) and (found[..., 0] == found[..., 2]).all()
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+def test_first_frame_of_an_animation_is_used():
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "green", "blue")]
     file = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     assert same(images.decode(file)[0], (255, 0, 0))
@@ -95,7 +95,7 @@ def test_a_large_jpeg_is_decoded_small_enough_and_looks_the_same(mode, orientati
     assert images.prepare(data, 100)["original_size"].tolist() == [*whole.size[::-1]]
 
 
-def test_a_bomb_is_refused():
+def test_decompression_bomb_is_refused():
     bomb = bytearray(encode(Image.new("1", (1, 1)), "PNG"))
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
@@ -164,7 +164,7 @@ def test_strips_and_other_images_are_resized_alike(width, height, resolution, zo
     assert difference.max() <= 2 and difference.mean() < 0.5
 
 
-def test_the_center_is_the_center_and_random_crops_move():
+def test_center_crop_is_centered_and_random_crops_vary():
     image = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1))).convert("RGB")
     rng = np.random.default_rng(0)
     columns = square(image, 32)[0, :, 0]
@@ -175,7 +175,7 @@ def test_the_center_is_the_center_and_random_crops_move():
     assert abs(zoomed[0] - 40) <= 1 and abs(zoomed[-1] - 55) <= 1
 
 
-def test_the_crop_that_is_told_is_the_one_that_was_made():
+def test_reported_crop_is_the_actual_one():
     """Column x of the image has level x: the crop's left edge can be read off its pixels, mirrored or not."""
     data = encode(Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1))).convert("RGB"), "PNG")
     mirrored = 0
@@ -191,7 +191,7 @@ def test_the_crop_that_is_told_is_the_one_that_was_made():
     assert images.prepare(data, 32)["crop"].tolist() == [0, 32]
 
 
-def test_one_seed_gives_one_square():
+def test_same_seed_gives_the_same_crop():
     data = jpeg(draw(4)[0])
     one, two, other = (
         images.prepare(data, 16, "random", True, np.random.default_rng(s), (1.0, 2.0)) for s in (5, 5, 6)

@@ -51,7 +51,7 @@ def refused(folder, path, *more, **config):
     return str(error.value)
 
 
-def test_parts_share_the_shards_and_leave_them_as_they_are(tmp_path, tars):
+def test_partitions_divide_the_shards_and_do_not_change_them(tmp_path, tars):
     path, names = f"{tmp_path}/{{a,b}}/*.tar", []
     for part in range(4):
         output = tmp_path / f"indexed/{part}-of-4.json"
@@ -66,7 +66,7 @@ def test_parts_share_the_shards_and_leave_them_as_they_are(tmp_path, tars):
         assert read_index(row["index_path"], row["path"]) == index_tar(row["path"])
 
 
-def test_a_manifest_is_adopted_with_its_indices(tmp_path, image_shards):
+def test_existing_manifest_is_used_with_its_indices(tmp_path, image_shards):
     manifest = index(tmp_path, image_shards / "manifest.json")
     assert manifest["samples"] == 41 and os.listdir(tmp_path / "indexed") == ["0-of-1.json"]
     source = read_manifest(image_shards / "manifest.json")["shards"]
@@ -74,12 +74,12 @@ def test_a_manifest_is_adopted_with_its_indices(tmp_path, image_shards):
         assert os.path.samefile(row["index_path"], old["index_path"]) and row["sha256"] == old["sha256"]
 
 
-def test_the_held_out_split_has_shards_of_its_own(tmp_path, tars):
+def test_held_out_split_has_separate_shards(tmp_path, tars):
     manifest = index(tmp_path, f"{tmp_path}/a/*.tar", "split=held_out", held_out_path=str(tars[5]))
     assert [os.path.realpath(row["path"]) for row in manifest["shards"]] == [str(tars[5])]
 
 
-def test_what_cannot_be_adopted_is_named(tmp_path, tars):
+def test_shards_that_cannot_be_indexed_are_named(tmp_path, tars):
     assert "shards.held_out_path: name the shards" in refused(tmp_path, tars[0], "split=held_out")
     assert "no file matches" in refused(tmp_path, f"{tmp_path}/none/*.tar")
     assert "9.tar: shard is missing" in refused(tmp_path, f"{tmp_path}/a/{{0,9}}.tar")
@@ -94,7 +94,7 @@ def test_what_cannot_be_adopted_is_named(tmp_path, tars):
     assert not (tmp_path / "indexed/0-of-1.json").exists()
 
 
-def test_kills_leave_the_same_bytes_and_finished_work_done(tmp_path):
+def test_killed_indexing_ends_with_the_same_bytes_and_repeats_no_index(tmp_path):
     """Kill -9 as soon as some indices are in place, at points that random kills seldom hit."""
     (tmp_path / "in").mkdir()
     for n in range(30):

@@ -89,7 +89,7 @@ def made(source, tiny_parts, tmp_path_factory):
 
 
 # ---------------------------------------------------------------- what is in them
-def test_latents_are_those_of_the_vae(made, source, tiny_parts):
+def test_latents_equal_those_of_the_vae(made, source, tiny_parts):
     assert find_faults(made[0] / "manifest.json") == []
     manifest = read_manifest(made[0] / "manifest.json")
     assert (manifest["kind"], manifest["samples"], manifest["dropped"]) == ("latents", 41, {})
@@ -107,7 +107,7 @@ def test_latents_are_those_of_the_vae(made, source, tiny_parts):
         assert [latent.key, *map(latent.read, ("txt", "json"))] == [image.key, *map(image.read, ("txt", "json"))]
 
 
-def test_moments_and_a_sample_are_of_the_same_posterior(source, tiny_parts, tmp_path):
+def test_moments_and_samples_have_the_same_posterior(source, tiny_parts, tmp_path):
     vae = tiny_parts / "vae"
     kinds = ["mean", "moments", "sample", "sample"]
     for number, posterior in enumerate(kinds):
@@ -128,7 +128,7 @@ def test_moments_and_a_sample_are_of_the_same_posterior(source, tiny_parts, tmp_
     assert abs((noise[0][0] * noise[0][1]).mean()) < 0.15  # of different samples: unlike
 
 
-def test_batches_processes_and_ranks_do_not_show(made, source, tiny_parts, tmp_path):
+def test_batches_processes_and_ranks_do_not_change_the_bytes(made, source, tiny_parts, tmp_path):
     """With whatever randomness there is: each sample's own."""
     random_ones = ("crop=random", "posterior=sample", "seed=3")
     alone = run(tmp_path, source, tiny_parts / "vae", *random_ones, "batch_size=3", text=tiny_parts)
@@ -152,7 +152,7 @@ def test_a_random_crop_is_recorded_and_follows_the_seed(source, tiny_parts, tmp_
 
 
 # ---------------------------------------------------------------- text
-def test_text_states_are_those_of_a_training(made, tiny_parts):
+def test_text_states_equal_those_of_a_training(made, tiny_parts):
     folder = made[0]
     values = {name: {"pretrained": str(tiny_parts)} for name in ("text_encoder", "tokenizer")}
     model = load_config(schema.ModelConfig, values=values)
@@ -167,7 +167,7 @@ def test_text_states_are_those_of_a_training(made, tiny_parts):
     assert not torch.allclose(empty.float(), states[0].float(), atol=0.1)
 
 
-def test_samples_without_a_caption_are_kept_out_and_counted(tiny_parts, tmp_path):
+def test_samples_without_a_caption_are_dropped_and_counted(tiny_parts, tmp_path):
     samples = [make_sample(n) for n in range(8)]
     for lost in (samples[1], samples[4]):
         del lost[1]["txt"]
@@ -182,7 +182,7 @@ def test_samples_without_a_caption_are_kept_out_and_counted(tiny_parts, tmp_path
     assert "empty_text" in found and "empty_text" not in without
 
 
-def test_a_class_is_no_caption(tiny_parts, tmp_path):
+def test_class_does_not_count_as_a_caption(tiny_parts, tmp_path):
     key, fields = make_sample(0)
     manifest = image_manifest(tmp_path, [(key, {"jpg": fields["jpg"], "cls": b"3"})])
     with pytest.raises(DataError, match=r"0\.tar: 000000000 has a class, cls, and no caption.*text_encoder"):
@@ -207,7 +207,7 @@ def test_a_vae_that_fits_passes_the_checks(source, tmp_path):
 
 
 @pytest.mark.parametrize("posterior", ["mean", "moments"])
-def test_a_wrong_scaling_factor_is_warned_of(source, tmp_path, posterior):
+def test_wrong_scaling_factor_causes_a_warning(source, tmp_path, posterior):
     vae = shutil.copytree(EMOJI, tmp_path / "vae")
     values = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**values, "scaling_factor": 0.1}))
@@ -217,7 +217,7 @@ def test_a_wrong_scaling_factor_is_warned_of(source, tmp_path, posterior):
     assert "scaling_factor" in warning and str(checks["std"]) in warning
 
 
-def test_a_vae_that_decodes_to_something_else_is_warned_of(made):
+def test_vae_that_decodes_to_other_images_causes_a_warning(made):
     folder, done = made
     checks = read_manifest(folder / "manifest.json")["checks"]
     assert checks["psnr"] < 15 and f"a decoded sample is {checks['psnr']} dB" in done.stderr
@@ -251,7 +251,7 @@ def ended(processes: list) -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_leave_the_same_bytes(source, tiny_parts, tmp_path, ranks):
+def test_killed_encoding_ends_with_the_same_bytes(source, tiny_parts, tmp_path, ranks):
     """Kill -9 between a shard and its record, between shards, and before the manifest."""
     (whole := tmp_path / "whole").mkdir()
     assert ended(start(whole, arguments(whole, source, tiny_parts, "workers=0"), 1)) == [0]
@@ -269,7 +269,7 @@ def test_kills_leave_the_same_bytes(source, tiny_parts, tmp_path, ranks):
     assert files(folder) == expected
 
 
-def test_only_a_missing_shard_is_made_again_with_the_same_bytes(source, tiny_parts, tmp_path):
+def test_only_a_missing_shard_is_encoded_again(source, tiny_parts, tmp_path):
     first = run(tmp_path, source, tiny_parts / "vae")
     tars = sorted(tmp_path.glob("*/*.tar"))
     times = [tar.stat().st_mtime_ns for tar in tars]
@@ -283,7 +283,7 @@ def test_only_a_missing_shard_is_made_again_with_the_same_bytes(source, tiny_par
     assert not list(tars[0].parent.glob(".*"))
 
 
-def test_several_may_tidy_up_at_the_same_time(tmp_path):
+def test_several_processes_can_clean_up_at_the_same_time(tmp_path):
     for _ in range(10):
         (copies := tmp_path / ".fetched-1").mkdir()
         (tmp_path / ".file.tmp").touch()
@@ -294,7 +294,7 @@ def test_several_may_tidy_up_at_the_same_time(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_what_decides_the_content_decides_the_folder(source, tiny_parts, tmp_path):
+def test_settings_that_change_the_content_change_the_folder(source, tiny_parts, tmp_path):
     ways = [(), ("crop=random",), ("crop=random", "seed=1"), ("posterior=moments",)]
     made = [run(tmp_path, source, tiny_parts / "vae", *way)["fingerprint"] for way in ways]
     made.append(run(tmp_path, source, tiny_parts / "vae", text=tiny_parts)["fingerprint"])
@@ -317,7 +317,7 @@ def test_shards_in_s3_give_the_same_bytes(source, tiny_parts, tmp_path, s3):
     assert {name.split(".", 1)[1] for name in names} == {"tar", "json", "index.parquet"}  # no copies are left
 
 
-def test_shards_of_one_name_in_two_folders_stay_apart(tiny_parts, tmp_path):
+def test_shards_of_the_same_name_do_not_collide(tiny_parts, tmp_path):
     for name, numbers in (("a", range(3)), ("b", range(3, 7))):
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "00000.tar", [make_sample(n) for n in numbers])
@@ -342,14 +342,14 @@ def test_undecodable_images_are_left_out_and_counted(tiny_parts, tmp_path, capsy
     assert "000000002" not in {s.key for s in samples_of(tmp_path / "manifest.json")}
 
 
-def test_no_image_at_all_leaves_no_manifest(tiny_parts, tmp_path):
+def test_shards_without_images_give_no_manifest(tiny_parts, tmp_path):
     manifest = image_manifest(tmp_path, [("1", {"jpg": b"nothing", "txt": b"a"})])
     with pytest.raises(DataError, match="images.json: not one image could be encoded"):
         run(tmp_path, manifest, tiny_parts / "vae")
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_bad_input_is_one_message(image_shards, source, tiny_parts, tmp_path):
+def test_invalid_input_ends_with_one_message(image_shards, source, tiny_parts, tmp_path):
     spoiled = shutil.copytree(image_shards, tmp_path / "spoiled")
     (spoiled / "00001.tar").unlink()
     for change, message in [

@@ -44,7 +44,7 @@ def test_a_manifest_describes_its_shards(folder):
     assert manifest["kind"] == "images" and manifest["dropped"] == {}
 
 
-def test_the_fingerprint_follows_content_and_recipe(folder):
+def test_fingerprint_depends_on_content_and_settings(folder):
     tars = sorted(folder.glob("*.tar"))
     marks = [
         write_manifest(folder / "m.json", "images", t, {}, m)["fingerprint"]
@@ -56,7 +56,7 @@ def test_the_fingerprint_follows_content_and_recipe(folder):
     assert write_manifest(folder / "m.json", "images", tars, {}, {"a": 1})["fingerprint"] != marks[0]
 
 
-def test_shards_lie_relative_to_the_manifest(folder, tmp_path):
+def test_paths_of_shards_are_relative_to_the_manifest(folder, tmp_path):
     manifest = folder / "deep/manifest.json"
     write_manifest(manifest, "images", list(folder.glob("*.tar")), {"broken": 2}, {})
     moved = shutil.move(folder, tmp_path / "moved")
@@ -97,7 +97,7 @@ def test_a_manifest_leads_to_the_indices(folder):
         assert index == index_tar(row["path"]) and index.metadata.schema.names == ["original_width"]
 
 
-def test_shards_elsewhere_of_one_name_have_indices_of_their_own(tmp_path):
+def test_shards_of_the_same_name_have_separate_indices(tmp_path):
     for name, sample in (("a", SAMPLES[0]), ("b", SAMPLES[1])):
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "00000.tar", [sample])
@@ -111,7 +111,7 @@ def test_shards_elsewhere_of_one_name_have_indices_of_their_own(tmp_path):
     )  # nothing is left with what is not ours
 
 
-def test_finished_indices_are_used_again_unless_the_shard_was_touched(folder):
+def test_finished_indices_are_reused_unless_the_shard_changed(folder):
     def times():
         return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.index.parquet")}
 
@@ -129,7 +129,7 @@ def test_finished_indices_are_used_again_unless_the_shard_was_touched(folder):
     assert second["shards"][1]["sha256"] == sha256_file(tars[1]) != first["shards"][1]["sha256"]
 
 
-def test_remote_shards_stand_under_their_address(s3, tar, tmp_path):
+def test_remote_shards_are_listed_by_their_address(s3, tar, tmp_path):
     places = [s3.put("shards/a.tar", tar.read_bytes()), f"pipe:cat {tar}"]
     manifest = write_manifest(tmp_path / "manifest.json", "images", places, {}, {})
     assert {row["name"] for row in manifest["shards"]} == set(places) and manifest["samples"] == 10
@@ -155,7 +155,7 @@ def write_parts(folder, kinds=("images", "images")):
         write_manifest(folder / f"{part}-of-2.json", kind, [tar], dropped, made_by, yields=rows)
 
 
-def test_parts_are_gathered_by_the_command(tmp_path):
+def test_command_gathers_partitions(tmp_path):
     write_parts(tmp_path / "built")
     output = tmp_path / "shards/manifest.json"
     done = run_script("gather_shards", f"folder={tmp_path}/built", "parts=2", f"output={output}")
@@ -173,7 +173,7 @@ def test_parts_are_gathered_by_the_command(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "1-of-2.json: no such manifest" in done.stderr
 
 
-def test_an_empty_part_is_fine_but_nothing_at_all_is_not(tmp_path):
+def test_one_empty_partition_is_valid_but_not_all(tmp_path):
     write_parts(tmp_path)
     write_manifest(tmp_path / "1-of-2.json", "images", [], {"filters": 7}, {"path": "x"})
     parts = [tmp_path / "0-of-2.json", tmp_path / "1-of-2.json"]
@@ -182,7 +182,7 @@ def test_an_empty_part_is_fine_but_nothing_at_all_is_not(tmp_path):
         gather_manifests(parts[1:], tmp_path / "all.json")
 
 
-def test_parts_of_two_kinds_are_not_gathered(tmp_path):
+def test_partitions_of_two_kinds_are_refused(tmp_path):
     write_parts(tmp_path, ("images", "latents"))
     with pytest.raises(DataError, match="1-of-2.json: holds latents, but .*0-of-2.json images; gather one kind"):
         gather_manifests([tmp_path / "0-of-2.json", tmp_path / "1-of-2.json"], tmp_path / "all.json")
@@ -192,7 +192,7 @@ def test_parts_of_two_kinds_are_not_gathered(tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"shards": 3}', '{"shards": [{"name": "a"}]}', '{"shards": [[]]}']
 )
-def test_what_is_no_manifest_is_refused(tmp_path, content):
+def test_file_that_is_not_a_manifest_is_refused(tmp_path, content):
     path = tmp_path / "manifest.json"
     path.write_text(content)
     with pytest.raises(DataError, match="manifest.json: not a shard manifest; delete it and make it again"):
@@ -211,12 +211,12 @@ def test_a_manifest_of_a_broken_tar_is_not_written(tmp_path, tar):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_sums_are_sha256(tmp_path):
+def test_digests_are_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_manifest_far_away_is_refused_with_a_remedy():
+def test_remote_manifest_is_refused_with_a_remedy():
     with pytest.raises(DataError, match="s3://bucket/manifest.json: a manifest must be a local file; copy it here"):
         read_manifest("s3://bucket/manifest.json")
 

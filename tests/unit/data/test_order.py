@@ -40,7 +40,7 @@ def test_a_position_does_not_depend_on_earlier_lookups(counts, window, data):
 
 @given(counts=SHARD_COUNTS, window=st.integers(1, 14))
 @settings(deadline=None)
-def test_a_window_of_shards_comes_before_the_next(counts, window):
+def test_samples_of_at_most_window_shards_are_mixed(counts, window):
     """The shards of each run of places are at most `window`, and none comes back later in the epoch."""
     found = [shard for shard, _ in places(counts, order(counts, window), 0)]
     first, last = {}, {}
@@ -60,7 +60,7 @@ def test_epochs_and_seeds_and_windows_differ():
     assert len({shard for shard, _ in places(counts, order(counts, 6), 0)[:10]}) > 2  # samples of all are mixed
 
 
-def test_shards_are_counted_no_earlier_than_needed():
+def test_shards_are_counted_only_when_needed():
     counted = []
 
     def count(numbers):

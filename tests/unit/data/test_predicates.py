@@ -98,7 +98,7 @@ def test_malformed_names_column_text_and_forms(predicate):
 
 
 @given(st.text() | st.lists(st.text()) | st.none() | st.integers() | st.floats() | st.booleans())
-def test_any_input_is_read_or_refused_never_evaluated(predicate):
+def test_any_text_is_parsed_or_refused_and_never_executed(predicate):
     try:
         predicates = parse({"x": predicate})
     except PredicateError:
@@ -213,7 +213,7 @@ def test_json_texts_of_nested_and_huge_values():
         parse({"x": "==a"}).mask(broken)
 
 
-def test_a_text_that_no_table_can_hold_equals_nothing_there():
+def test_text_that_a_table_cannot_contain_equals_no_value():
     table = pa.table({"x": ["a", None]})
     assert parse({"x": "==\ud800"}).mask(table).tolist() == [False, False]
     assert parse({"x": "!=\ud800"}).mask(table).tolist() == [True, False]
@@ -234,7 +234,7 @@ def test_operands_beyond_a_column_s_integers(sign, operand):
     st.floats(0.01, 0.99),
     st.integers(0, 9),
 )
-def test_the_held_out_side_is_the_share_of_a_sha256(values, fraction, seed):
+def test_held_out_split_is_decided_by_a_sha256(values, fraction, seed):
     def share(value):
         data = f"{seed}:{value}".encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64

@@ -100,7 +100,7 @@ def digests(manifest):
 
 
 # ---------------------------------------------------------------- what is kept
-def test_what_passes_is_kept_in_order_in_equal_shards(tmp_path, source):
+def test_selected_samples_are_kept_in_order_in_equal_shards(tmp_path, source):
     manifest, wanted = reshard(tmp_path, f"{source}/*.tar"), expected(passes)
     assert contents(paths(manifest)) == wanted and 8 < len(wanted) < 23
     assert [row["samples"] for row in manifest["shards"]][:-1] == [4] * ((len(wanted) - 1) // 4)
@@ -123,7 +123,7 @@ def test_without_filters_everything_is_kept(tmp_path, source):
     assert contents(paths(manifest)) == contents(sorted(source.glob("*.tar"))) and manifest["dropped"] == {}
 
 
-def test_parts_share_the_source(tmp_path, source):
+def test_partitions_divide_the_source(tmp_path, source):
     outputs = [tmp_path / f"resharded/{part}-of-3.json" for part in range(3)]
     found = []
     for part, output in enumerate(outputs):
@@ -135,7 +135,7 @@ def test_parts_share_the_source(tmp_path, source):
     assert find_faults(tmp_path / "shards/manifest.json") == []
 
 
-def test_a_part_of_which_nothing_is_left_is_empty(tmp_path, source):
+def test_partition_without_selected_samples_is_empty(tmp_path, source):
     output = tmp_path / "resharded/2-of-5.json"
     assert reshard(tmp_path, f"{source}/*.tar", "part=2", "parts=5", f"output={output}")["shards"] == []
 
@@ -147,7 +147,7 @@ def test_a_part_of_which_nothing_is_left_is_empty(tmp_path, source):
     form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_choice_is_copied_whole(tmp_path_factory, sizes, per_shard, seed, form):
+def test_any_selection_is_copied_completely(tmp_path_factory, sizes, per_shard, seed, form):
     folder, rng, number, wanted = tmp_path_factory.mktemp("choice"), random.Random(seed), 0, []
     for tar, size in enumerate(sizes):
         with tarfile.open(folder / f"{tar}.tar", "w", format=form) as file:
@@ -222,7 +222,7 @@ def test_a_shard_that_was_replaced_by_one_of_equal_size_is_indexed_anew(tmp_path
     assert [(key, fields["bin"]) for key, fields in kept] == [("00033", b"033"), ("00023", b"023")]
 
 
-def test_a_shard_as_old_as_its_index_is_not_read_for_it(tmp_path):
+def test_unchanged_shard_is_not_indexed_again(tmp_path):
     shard = numbered(tmp_path / "0.tar", range(10, 30))
     write_manifest(tmp_path / "manifest.json", "images", [shard], {}, {})
     (row,) = read_manifest(tmp_path / "manifest.json")["shards"]
@@ -261,7 +261,7 @@ def test_the_splits_are_those_of_the_selection(tmp_path, source, column):
     assert found["train"] == expected(lambda meta: passes(meta) and not side(meta[column]))
 
 
-def test_a_value_is_on_one_side_whatever_the_other_values_of_its_shard(tmp_path):
+def test_split_of_a_value_does_not_depend_on_other_values_of_its_shard(tmp_path):
     values = [[1, 2, 3, None], [1, 2.5, "a", 2], ["3", [1], 3, "\ud800"]]
     for tar, row in enumerate(values):
         samples = [(f"{tar}{n}", {"json": json.dumps({"v": value}).encode()}) for n, value in enumerate(row)]
@@ -275,7 +275,7 @@ def test_a_value_is_on_one_side_whatever_the_other_values_of_its_shard(tmp_path)
     assert set(sides.values()) == {"train", "held_out"} and len(sides) == 8
 
 
-def test_shards_of_their_own_for_the_held_out_split(tmp_path, source):
+def test_held_out_split_can_have_separate_shards(tmp_path, source):
     config = {
         "held_out_path": str(source / "00003.tar"),
         "select": {"held_out": {"column": "caption", "fraction": 0.4}},
@@ -309,7 +309,7 @@ def test_a_held_out_column_that_no_sample_has_is_refused(tmp_path, source, split
     assert manifest["samples"] + sum(manifest["dropped"].values()) == 16
 
 
-def test_neighbours_of_one_key_are_refused(tmp_path):
+def test_repeated_key_is_refused(tmp_path):
     fields = {"json": b'{"keep": true}'}
     write_tar(tmp_path / "0.tar", [("x", fields), ("same", fields)])
     write_tar(tmp_path / "1.tar", [("dropped", {"json": b"{}"}), ("same", fields)])
@@ -324,7 +324,7 @@ def test_neighbours_of_one_key_are_refused(tmp_path):
     assert len(reshard(tmp_path, f"{tmp_path}/2.tar", filters={})["shards"]) == 1
 
 
-def test_what_cannot_be_done_is_said(tmp_path, source):
+def test_invalid_configuration_is_refused(tmp_path, source):
     everything = f"{source}/*.tar"
     message = refused(tmp_path, everything, filters={"original_width": ">=9000"})
     assert "no sample is left for train" in message and "original_width >= 9000" in message
@@ -340,19 +340,19 @@ def test_what_cannot_be_done_is_said(tmp_path, source):
     assert not list(tmp_path.glob("resharded/*.json"))
 
 
-def test_a_source_that_is_not_whole_is_named(tmp_path, source):
+def test_damaged_source_is_named(tmp_path, source):
     (tmp_path / "cut.tar").write_bytes((source / "00000.tar").read_bytes()[:3000])
     assert "cut.tar: not a whole tar" in refused(tmp_path, tmp_path / "cut.tar")
 
 
-def test_two_at_once_do_not_share_a_folder(tmp_path, source):
+def test_second_process_in_the_same_folder_is_refused(tmp_path, source):
     manifest = reshard(tmp_path, f"{source}/*.tar")
     with hold_lock((tmp_path / "resharded" / manifest["shards"][0]["name"]).parent / ".lock"):
         assert "another process writes these shards" in refused(tmp_path, f"{source}/*.tar")
 
 
 # ---------------------------------------------------------------- interruptions
-def test_kills_leave_the_same_bytes(tmp_path):
+def test_killed_resharding_ends_with_the_same_bytes(tmp_path):
     """Kill -9 at an early and a late shard and just before the manifest, at points that random kills seldom hit."""
     (tmp_path / "in").mkdir()
     for tar in range(20):

@@ -58,7 +58,7 @@ def select(tmp_path, capsys):
     return run
 
 
-def test_filters_select_and_their_yields_are_told(select):
+def test_filters_select_rows_and_yields_are_recorded(select):
     (train, held_out, yields), said = select({"filters": {"width": ">=200", "group": "!=flags"}})
     expected = [r for r in rows().to_pylist() if r["width"] is not None and r["width"] >= 200 and r["group"] != "flags"]
     assert train.to_pylist() == expected and held_out.num_rows == 0
@@ -70,7 +70,7 @@ def test_filters_select_and_their_yields_are_told(select):
     assert "width >= 200" in said and "group != flags" in said
 
 
-def test_the_hash_of_the_value_alone_decides_the_side(select):
+def test_hash_of_the_value_decides_the_split(select):
     held = {"column": "concept", "fraction": 0.25, "seed": 3}
     (train, held_out, _), _ = select({"held_out": held})
 
@@ -91,7 +91,7 @@ def test_the_hash_of_the_value_alone_decides_the_side(select):
 
 
 @pytest.mark.parametrize("values", [[3, 1, 3], [0.5, 2.0, 0.5], [True, False, True], ["é", "", "é"], [None, 1, None]])
-def test_every_type_of_value_has_a_side(select, values):
+def test_every_type_of_value_belongs_to_a_split(select, values):
     table = rows(3).append_column("key", pa.array(values))
     held = {"column": "key", "fraction": 0.5}
     for seed in range(20):
@@ -103,7 +103,7 @@ def test_every_type_of_value_has_a_side(select, values):
 
 
 @pytest.mark.parametrize("values", ["text", "number", "float"])
-def test_of_rows_with_one_value_the_first_that_passes_is_kept(select, values):
+def test_deduplication_keeps_the_first_row_that_passes(select, values):
     draw = random.Random(0)
     drawn = [draw.choice([None, *range(40)]) for _ in range(N)]
     as_type = {"text": lambda v: f"v{v}", "number": int, "float": float}[values]
@@ -135,7 +135,7 @@ def test_rows_without_a_url_are_dropped_and_counted(select):
     assert yields["without_url"] == 80 and yields["duplicates"]["dropped"] == 240 and train.num_rows == 80
 
 
-def test_rows_are_chosen_at_random_by_the_seed_alone(select):
+def test_random_rows_depend_only_on_the_seed(select):
     config = {"filters": {"group": "food"}, "deduplicate": "concept", "rows": 30, "seed": 5}
     (train, _, yields), _ = select(config)
     assert train.num_rows == yields["kept"] == yields["rows_limit"] == 30 and yields["after_filters"] == 300
@@ -150,7 +150,7 @@ def test_rows_are_chosen_at_random_by_the_seed_alone(select):
     assert train.num_rows + held_out.num_rows == yields["kept"] == 200 and held_out.num_rows > 50
 
 
-def test_every_row_is_as_likely():
+def test_every_row_is_equally_likely():
     passing, counts = pa.array([True] * 20), Counter()
     for seed in range(2000):
         config = type("Config", (), {"deduplicate": None, "rows": 5, "seed": seed})
@@ -160,7 +160,7 @@ def test_every_row_is_as_likely():
     assert all(400 < counts[i] < 600 for i in range(20))  # 500 expected, 5 standard deviations are 97
 
 
-def test_fewer_rows_than_asked_for_are_all_kept_and_it_is_said(select):
+def test_fewer_rows_than_requested_are_kept_with_a_message(select):
     (train, _, yields), said = select({"filters": {"group": "flags"}, "rows": 1000})
     assert train.num_rows == yields["kept"] == 100
     assert "1,000 rows at random asked for; only 100 are left, and all are kept" in said
@@ -180,7 +180,7 @@ def test_fewer_rows_than_asked_for_are_all_kept_and_it_is_said(select):
         ({"bytes": "none", "width": "w", "height": "url", "bytes_per_image": 5}, 10, "5 bytes an image"),
     ],
 )
-def test_the_expected_download_is_told(select, size, train, source):
+def test_expected_download_is_recorded(select, size, train, source):
     table = rows(4).append_column("w", pa.array([100, None, 10, -7])).append_column("h", pa.array([50, 50, 20, -7]))
     table = table.append_column("b", pa.array([1000, None, 3.0, 2.0])).append_column("side", pa.array([0, 0, 1, 2]))
     (_, _, yields), said = select({"filters": {"side": "==0"}, "size": size}, table)
@@ -188,7 +188,7 @@ def test_the_expected_download_is_told(select, size, train, source):
     assert f"(from {source})" in said and "expected download: train" in said
 
 
-def test_both_sides_have_their_expected_download(select):
+def test_both_splits_have_an_expected_download(select):
     config = {"held_out": {"fraction": 0.3}, "size": {"bytes": "bytes"}}
     table = rows().append_column("bytes", pa.array(range(N)))
     (train, held_out, yields), _ = select(config, table)
@@ -206,7 +206,7 @@ def test_the_same_rows_give_the_same_bytes(select, tmp_path):
     assert digests[0] == digests[1] == digests[2]
 
 
-def test_a_null_is_a_value_of_its_own(select):
+def test_null_counts_as_a_separate_value(select):
     table = rows().set_column(4, "concept", pa.array([None] * N, pa.string()))
     result, said = select({"held_out": {"column": "concept", "fraction": 0.01}}, table)
     assert result is None and "nothing is held out" in said
@@ -226,7 +226,7 @@ def test_a_null_is_a_value_of_its_own(select):
         ({"filter": {}}, "unknown key filter; did you mean filters?"),
     ],
 )
-def test_bad_input_says_what_and_leaves_nothing(select, config, message):
+def test_invalid_input_is_an_error_and_leaves_no_file(select, config, message):
     result, said = select(config)
     assert result is None and message in said
 
@@ -242,7 +242,7 @@ def test_a_missing_table_is_a_clear_error(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["select.yaml"]
 
 
-def test_after_kills_the_same_command_ends_in_the_same_bytes(tmp_path):
+def test_killed_selection_ends_with_the_same_bytes(tmp_path):
     pq.write_table(rows(150_000), tmp_path / "table.parquet", row_group_size=10_000)
     held_out = {"fraction": 0.3, "column": "concept"}
     command = arguments(tmp_path, {"deduplicate": "url", "rows": 100_000, "held_out": held_out})

@@ -74,7 +74,7 @@ def test_samples_without_a_field_or_outside_a_filter_are_counted(tmp_path, manif
     assert total(source) == 9 == len(source.load(0)) and source.dropped == {"no jpg/png": 1}
 
 
-def test_of_alternatives_the_first_that_a_sample_has_is_read(tmp_path):
+def test_first_present_extension_of_alternatives_is_read(tmp_path):
     fields = [{"png": b"p", "jpg": b"j"}, {"png": b"p"}, {"webp": b"w"}, {"gif": b"g"}]
     path = write_tar(tmp_path / "a.tar", [(str(n), f) for n, f in enumerate(fields)])
     source = TarSource(str(path), {"image": ("jpg", "png", "webp")}, cache=str(tmp_path / "c"))
@@ -92,7 +92,7 @@ def test_a_key_that_a_shard_lacks_counts_as_null(image_shards):
     )
 )
 @settings(deadline=None, max_examples=25)
-def test_the_verdict_is_that_on_each_sample(tmp_path_factory, values):
+def test_filters_on_the_index_equal_filters_on_each_sample(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("values")
     samples = [(f"{n}", {"jpg": b"", "json": json.dumps({"v": v}).encode()}) for n, v in enumerate(values)]
     path = write_tar(folder / "a.tar", samples)
@@ -179,7 +179,7 @@ def test_samples_are_the_same_wherever_the_shards_are(kind, image_shards, tmp_pa
     assert [int(key) for key in keys(filtered)] == list(range(0, sum(SHARD_SIZES), 2))
 
 
-def test_of_a_web_server_a_shard_is_read_once_for_its_index_then_a_range_a_sample(image_shards, tmp_path, serve):
+def test_shard_of_a_web_server_is_read_once_then_by_ranges(image_shards, tmp_path, serve):
     address = serve(image_shards)
     source = TarSource(f"{address}/00001.tar", WANTED, cache=str(tmp_path / "c"))
     assert len(read_all(source)) == SHARD_SIZES[1]
@@ -188,7 +188,7 @@ def test_of_a_web_server_a_shard_is_read_once_for_its_index_then_a_range_a_sampl
     assert Requests.seen["/00001.tar"] == 1 + SHARD_SIZES[1]
 
 
-def test_indices_of_a_manifest_spare_the_tars(tmp_path):
+def test_tars_with_an_index_are_not_read_for_it(tmp_path):
     tars = [write_tar(tmp_path / f"{i}.tar", [make_sample(10 * i + n) for n in range(10)]) for i in range(3)]
     write_manifest(tmp_path / "m.json", "images", tars, {}, {})
     for tar in tars:
@@ -220,7 +220,7 @@ def test_a_damaged_or_shortened_shard_is_named(tmp_path, serve):
         total(TarSource("pipe:exit 3", WANTED, cache=str(tmp_path / "d")))
 
 
-def test_behind_a_command_copies_are_bounded_and_come_again(tmp_path):
+def test_local_copies_of_pipe_shards_are_bounded_and_renewed(tmp_path):
     for i in range(7):
         write_tar(tmp_path / f"{i}.tar", [make_sample(n) for n in range(3 * i, 3 * i + 3)])
     log = tmp_path / "log"
@@ -242,7 +242,7 @@ def read_at_random(path: str, cache: str, seed: int) -> None:
         assert loaded[number].read(0) == local[number].read(0)
 
 
-def test_processes_that_share_a_small_cache_lose_nothing(tmp_path):
+def test_processes_can_share_a_small_cache(tmp_path):
     for i in range(6):
         write_tar(tmp_path / f"{i}.tar", [make_sample(i)])
     arguments = f"pipe:cat {tmp_path}/{{0..5}}.tar", str(tmp_path / "c")
@@ -263,7 +263,7 @@ def test_a_shard_of_a_web_server_that_changed_is_indexed_anew(tmp_path, serve):
     assert total(source) == 5 and read_all(source)[0][0] == make_sample(10)[1]["jpg"]
 
 
-def test_a_command_whose_shard_changed_ends_the_run_and_is_indexed_by_the_next(tmp_path):
+def test_changed_pipe_shard_ends_the_run_and_the_next_run_indexes_it(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [make_sample(n) for n in range(3)])
     path, cache = f"pipe:cat {tar}", str(tmp_path / "c")
     shard = TarSource(path, WANTED, cache=cache).load(0)
@@ -275,7 +275,7 @@ def test_a_command_whose_shard_changed_ends_the_run_and_is_indexed_by_the_next(t
     assert [int(key) for key in keys(TarSource(path, WANTED, cache=cache))] == list(range(10, 35))
 
 
-def test_a_folder_of_others_gets_one_of_ours(tmp_path, monkeypatch):
+def test_cache_in_a_shared_folder_is_a_private_subfolder(tmp_path, monkeypatch):
     (tmp_path / "c" / f"sdtrain-{os.getuid()}").mkdir(parents=True)
     stat = Path.stat
 
@@ -350,7 +350,7 @@ def test_structs_of_the_hub_hold_bytes_or_paths(tmp_path):
     assert total(source) == 3 and source.dropped == {"no image": 1}
 
 
-def test_only_the_row_groups_of_two_windows_stay(tmp_path):
+def test_row_groups_of_two_windows_are_kept_in_memory(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"jpg": pictures(12), "txt": ["t"] * 12}, rows=2)
     source = TableSource(path, COLUMNS, cache=str(tmp_path / "c"), window=1)
     loaded = [source.load(number) for number in range(6)]
@@ -429,7 +429,7 @@ def test_tables_without_rows_and_of_web_servers_are_named(tmp_path):
         TableSource("http://127.0.0.1:1/t.csv", COLUMNS, cache=str(tmp_path / "c"))
 
 
-def test_tables_of_one_name_in_two_folders_give_two_keys(tmp_path):
+def test_tables_of_the_same_name_have_different_keys(tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "t.csv").write_text("image,caption\nx.jpg,c\n")

@@ -212,7 +212,7 @@ def test_prefetched_batches_are_the_same(dataset, workers, count):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ending", ["close", "forget"])
-def test_a_stream_that_is_closed_or_forgotten_leaves_no_thread_or_process(dataset, workers, ending):
+def test_closed_or_deleted_stream_leaves_no_thread_or_process(dataset, workers, ending):
     assert behind() == []
     batches = loader.batches(dataset, 4, workers=workers)
     stream = prefetched(batches, 2)
@@ -238,7 +238,7 @@ def test_a_stream_that_was_not_started_leaves_no_process(dataset, count):
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("count", [0, 3])
-def test_an_error_keeps_its_place_and_leaves_no_thread_or_process(tmp_path, workers, count):
+def test_error_is_raised_in_order_and_leaves_no_thread_or_process(tmp_path, workers, count):
     def until_it_ends(stream) -> tuple[list[str], list[dict], str]:
         seen, lost = [], []
         with pytest.raises(DataError, match="samples are lost") as error:

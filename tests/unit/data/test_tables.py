@@ -41,7 +41,7 @@ def read_all(table: Table, columns: list[str] | None = None) -> pa.Table:
 
 
 @pytest.mark.parametrize("form", ["parquet", "csv", "tsv", "jsonl"])
-def test_every_format_reads_alike(form, tmp_path):
+def test_every_format_gives_the_same_rows(form, tmp_path):
     table = Table(write(form, tmp_path / f"t.{form}"), COLUMNS)
     assert table.schema.names == ["url", "caption", "original_width", "pwatermark"]
     rows = read_all(table)
@@ -68,7 +68,7 @@ def test_batches_are_bounded(tmp_path):
     assert sum(sizes) == 200_000 and max(sizes) <= 65_536
 
 
-def test_a_wrong_path_says_what_is_expected(tmp_path):
+def test_wrong_path_names_the_expected_forms(tmp_path):
     with pytest.raises(TableError, match=r"none: no table there; .*\.parquet"):
         find_files(tmp_path / "none")
     (tmp_path / "t.xls").write_text("")
@@ -118,7 +118,7 @@ def test_a_file_a_folder_a_glob_and_braces_here_and_on_s3(form, where, tmp_path,
     assert one.count() == (1 if form == "parquet" else None)
 
 
-def test_what_is_not_on_s3_is_named(s3):
+def test_missing_s3_object_is_named(s3):
     for path in ("tables/none.csv", "tables/none/*.csv", "tables/none"):
         with pytest.raises(TableError, match=f"{s3.url(path)[:20]}.*no table there"):
             Table(s3.url(path))
@@ -222,7 +222,7 @@ def test_csv_oddities_are_read(tmp_path):
 @given(
     st.lists(st.one_of(st.none(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False), st.booleans()), min_size=1)
 )
-def test_what_is_written_as_csv_comes_back(tmp_path_factory, values):
+def test_csv_values_are_read_back_with_their_type(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("csv") / "t.csv"
     texts = ["" if v is None else str(v) for v in values]
     path.write_text("".join(f"{line}\n" for line in ["url,x", *(f"u,{text}" for text in texts)]))
@@ -268,7 +268,7 @@ def test_a_damaged_page_is_found_when_it_is_read(tmp_path):
         list(Table(tmp_path).batches())
 
 
-def test_a_parquet_file_is_written_whole_or_not_at_all(tmp_path):
+def test_parquet_file_is_written_atomically(tmp_path):
     path = tmp_path / "new" / "t.parquet"
     with write_parquet(path, ROWS.schema) as file:
         file.write(ROWS.slice(0, 3))
@@ -283,7 +283,7 @@ def test_a_parquet_file_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["t.parquet"]
 
 
-def test_the_bytes_of_a_parquet_file_depend_on_its_rows_alone(tmp_path):
+def test_bytes_of_a_parquet_file_depend_only_on_its_rows(tmp_path):
     many = pa.table({"x": range(150_000)})
     for name, size in (("a", 150_000), ("b", 1000), ("c", 65_537)):
         with write_parquet(tmp_path / name, many.schema) as file:

@@ -86,7 +86,7 @@ def test_no_cut_loses_a_sample_silently(tmp_path_factory, length):
         pass
 
 
-def test_a_damaged_header_is_no_end(tar):
+def test_damaged_header_is_not_the_end_of_a_tar(tar):
     data = bytearray(tar.read_bytes())
     header = index_tar(tar)[2].fields["jpg"][0] - 512
     data[header + 148] ^= 0xFF  # of its checksum
@@ -150,7 +150,7 @@ def by_tarfile(path):
     return samples
 
 
-def test_what_macos_hides_between_the_members_is_passed_over(tmp_path):
+def test_files_added_by_macos_are_skipped(tmp_path):
     members = [
         (name, {ext: data}) for key, fields in SAMPLES for ext, data in fields.items() for name in (f"._{key}", key)
     ]
@@ -195,7 +195,7 @@ def test_a_flipped_byte_never_shows_other_samples_than_tarfile_would(tmp_path_fa
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_usual_tars_take_the_fast_way(tmp_path, monkeypatch, form):
+def test_common_tars_use_the_fast_scan(tmp_path, monkeypatch, form):
     def slow(*_):
         raise AssertionError("tarfile was asked")
 
@@ -225,7 +225,7 @@ def test_an_index_is_a_sequence(tar):
         index[5]
 
 
-def test_names_that_are_no_utf8_can_still_be_read(tmp_path):
+def test_names_that_are_not_utf8_are_readable(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
         tar.addfile(tarfile.TarInfo("\udcff.txt"))
     index = read_metadata(index_tar(tmp_path / "a.tar"), tmp_path / "a.tar")
@@ -266,7 +266,7 @@ PREDICATES = st.sampled_from(
 
 @given(documents=DOCUMENTS, filters=st.dictionaries(KEYS.filter(str.isprintable), PREDICATES, min_size=1, max_size=3))
 @settings(max_examples=200, deadline=None)
-def test_a_stored_index_gives_the_verdicts_of_the_json_itself(tmp_path_factory, documents, filters):
+def test_filters_on_a_stored_index_equal_filters_on_the_json(tmp_path_factory, documents, filters):
     folder = tmp_path_factory.mktemp("verdicts")
     texts = [json.dumps(document).encode() for document in documents]
     tar = write_tar(folder / "a.tar", [(str(n), {"json": text}) for n, text in enumerate(texts)])
@@ -296,7 +296,7 @@ def test_columns_are_typed_where_all_values_agree(tmp_path):
     assert [f.name for f in schema if f.metadata] == ["mixed"] and schema.field("mixed").metadata == {b"json": b"1"}
 
 
-def test_json_that_is_no_object_is_not_readable(tmp_path):
+def test_json_that_is_not_an_object_counts_as_unreadable(tmp_path):
     texts = [b"{}", b"[1]", b"{", b"\xff", b"[" * 100_000, b"", b'{"a": ' + b"9" * 5000 + b"}"]
     samples = [(str(n), {"json": text}) for n, text in enumerate(texts)] + [("last", {"txt": b"x"})]
     tar = write_tar(tmp_path / "a.tar", samples)
@@ -312,7 +312,7 @@ def test_the_same_index_gives_the_same_bytes(tar, tmp_path):
     assert read_facts(tmp_path / "one") == {"version": 1, "samples": 5, "bytes": 1}
 
 
-def test_no_index_and_a_damaged_one_are_named(tmp_path):
+def test_missing_and_damaged_index_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     pq.write_table(pq.read_table(io.BytesIO(_table())), tmp_path / "b.parquet")
     for name in ("a", "b", "absent"):

@@ -28,7 +28,7 @@ def flip(path, at: int) -> None:
     path.write_bytes(content)
 
 
-def test_whole_shards_have_no_fault(folder):
+def test_intact_shards_have_no_fault(folder):
     manifest = folder / "manifest.json"
     assert find_faults(manifest) == []
     done = run_script("verify", f"manifests={manifest} {manifest}")
@@ -61,7 +61,7 @@ def test_every_fault_is_reported_at_once(folder, tmp_path):
     )
 
 
-def test_a_manifest_that_lies_is_found(folder):
+def test_wrong_manifest_is_found(folder):
     manifest = folder / "manifest.json"
     content = json.loads(manifest.read_text())
     content["shards"][0]["samples"] = 18
@@ -75,7 +75,7 @@ def test_a_manifest_that_lies_is_found(folder):
     ]
 
 
-def test_a_missing_index_and_a_foreign_shard_in_the_place_of_ours(folder):
+def test_missing_index_and_replaced_shard_are_found(folder):
     (folder / "00001.index.parquet").unlink()
     (folder / "00002.tar").write_bytes((folder / "00000.tar").read_bytes())
     faults = find_faults(folder / "manifest.json")
@@ -96,12 +96,12 @@ def test_an_index_of_other_samples_is_found(folder):
     assert fault.startswith(f"{index}: does not fit the samples of {tar}; delete it, then rebuild it")
 
 
-def test_an_empty_tar_of_a_download_is_no_foreign_shard(folder):
+def test_empty_tar_of_a_download_is_not_an_unlisted_shard(folder):
     write_tar(folder / "00009.tar", [])
     assert find_faults(folder / "manifest.json") == []
 
 
-def test_parts_and_adopted_shards_have_remedies_of_their_own(folder, tmp_path):
+def test_remedies_differ_for_partitions_and_indexed_shards(folder, tmp_path):
     part, gathered = tmp_path / "indexed/0-of-1.json", tmp_path / "shards/manifest.json"
     write_manifest(part, "images", sorted(folder.glob("*.tar")), {}, {})
     gather_manifests([part], gathered)

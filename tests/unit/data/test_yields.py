@@ -23,7 +23,7 @@ def test_each_filter_of_a_selection_is_a_row():
     assert show_selection(RESULT | {"predicates": []}).splitlines() == [rows, kept]
 
 
-def test_what_else_is_known_of_a_selection_is_shown():
+def test_duplicates_rows_and_download_size_are_shown():
     more = {"without_url": 3, "duplicates": {"column": "url", "dropped": 4}, "rows_limit": 2, "size_from": "b"}
     sizes = {"bytes": {"train": 12_345_678, "held_out": 0}}
     assert show_selection(RESULT | more | sizes).splitlines()[4:] == [
@@ -35,7 +35,7 @@ def test_what_else_is_known_of_a_selection_is_shown():
     ]
 
 
-def test_what_is_kept_of_shards_is_shown():
+def test_yields_of_shards_are_shown():
     manifest = {"samples": 4, "dropped": {"filters": 3, "none": 0}, "shards": []}
     assert show_shards(manifest) == "no filter was applied\ndropped, filters: 3\nkept 4"
     lines = show_shards(manifest | {"yields": FILTERS}).splitlines()
@@ -47,7 +47,7 @@ def test_bytes_are_shown_in_their_unit():
     assert {size: show_bytes(size) for size in sizes} == sizes
 
 
-def test_shards_are_counted_part_by_part():
+def test_shards_are_counted_per_partition():
     cases = {(0, 10, 4): 0, (10, 10, 1): 1, (11, 10, 1): 2, (11, 10, 4): 4, (2, 10, 4): 2, (100, 1, 7): 100}
     assert {case: count_shards(*case) for case in cases} == cases
 
@@ -76,6 +76,6 @@ def test_the_command_shows_a_manifest(tmp_path, capsys):
     "change, message",
     [({"parts": 0}, "parts: must be a positive whole number, got '0'"), ({}, "none.json: not a readable JSON")],
 )
-def test_the_command_says_what_is_wrong(tmp_path, capsys, change, message):
+def test_command_with_invalid_input_is_an_error(tmp_path, capsys, change, message):
     with pytest.raises(SystemExit, match=message):
         show(capsys, tmp_path / "none.json", **change)

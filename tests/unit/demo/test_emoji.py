@@ -88,7 +88,7 @@ def test_emoji_join_by_hex_code(fetcher, tmp_path):
         assert (row["original_width"], row["original_height"]) == (8, 6)
 
 
-def test_no_name_in_a_package_leads_outside_its_folder(fetcher, tmp_path):
+def test_member_names_cannot_leave_the_folder(fetcher, tmp_path):
     evil = {"../../../../evil.webp": webp(), f"{tmp_path}/evil2.webp": webp(), "package/assets/../../x.webp": webp()}
     table, _ = fetcher.here(put(tmp_path, tarball(IMAGES | evil), tarball(CAPTIONS)))
     assert table.num_rows == 4
@@ -130,7 +130,7 @@ def test_npm_without_a_network_is_a_clear_error(fetcher):
     assert "@some/images@1.0.0: npm cannot fetch the package" in said and "check network and name" in said
 
 
-def test_no_npm_says_how_to_get_one(fetcher, tmp_path):
+def test_missing_npm_names_the_remedy(fetcher, tmp_path):
     beside = Path(sys.executable).parent / "npm"
     if beside.exists():  # the environment brings its own, and that is what runs without a PATH
         assert shutil.which(beside)

@@ -26,13 +26,13 @@ def fetch(folder: Path, address: str) -> bytes:
         return file.read()
 
 
-def test_processes_that_need_one_copy_make_it_once(address, tmp_path):
+def test_concurrent_processes_make_one_copy(address, tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         found = pool.starmap(fetch, [(tmp_path / "cache", address)] * 12)
     assert set(found) == {DATA} and (tmp_path / "log").read_text().count("x") == 1
 
 
-def test_what_a_killed_process_left_is_made_again(address, tmp_path):
+def test_partial_copy_of_a_killed_process_is_replaced(address, tmp_path):
     cache = LocalCache(tmp_path / "cache")
     fetch(cache.folder, address)
     path = cache.path(address)
@@ -41,13 +41,13 @@ def test_what_a_killed_process_left_is_made_again(address, tmp_path):
     assert fetch(cache.folder, address) == DATA == path.read_bytes()
 
 
-def test_a_copy_that_fails_leaves_no_file(tmp_path):
+def test_failed_copy_leaves_no_file(tmp_path):
     with pytest.raises(StorageError, match="exit code 3"):
         fetch(tmp_path, "pipe:echo half; exit 3")
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_an_open_file_can_be_read_after_its_deletion_and_use_keeps_a_file(tmp_path):
+def test_least_recently_used_file_is_deleted_and_open_files_stay_readable(tmp_path):
     cache, made = LocalCache(tmp_path, 2), []
 
     def read(name: str) -> bytes:
@@ -65,7 +65,7 @@ def test_an_open_file_can_be_read_after_its_deletion_and_use_keeps_a_file(tmp_pa
     assert read("gone") == b"gone"
 
 
-def test_without_a_number_every_file_is_kept(tmp_path):
+def test_cache_without_a_limit_deletes_no_file(tmp_path):
     for name in "abcde":
         LocalCache(tmp_path).open(name, lambda path: path.write_bytes(b"x")).close()
     assert len([path for path in tmp_path.iterdir() if not path.suffix]) == 5

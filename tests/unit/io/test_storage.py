@@ -80,13 +80,13 @@ def test_every_kind_of_address_gives_the_same_bytes(address, tmp_path):
         storage.read(address, limit=1000)
 
 
-def test_every_kind_of_address_gives_ranges(address):
+def test_every_kind_of_address_supports_byte_ranges(address):
     assert storage.read_range(address, 0, 10) == DATA[:10]
     assert storage.read_range(address, 1_234_567, 89) == DATA[1_234_567 : 1_234_567 + 89]
     assert storage.read_range(address, len(DATA) - 5, 100) == DATA[-5:]
 
 
-def test_a_command_gives_its_output(tmp_path):
+def test_pipe_command_is_read_and_copied(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(DATA)
     with storage.local(f"pipe:cat {path} | tail -c 1000") as copy, open(copy, "rb") as file:
@@ -99,7 +99,7 @@ def test_a_command_gives_its_output(tmp_path):
     assert (tmp_path / "all").read_bytes() == b"before" + DATA[:10] + DATA[:5]
 
 
-def test_a_command_that_fails_anywhere_in_its_pipe_is_an_error(tmp_path):
+def test_failure_anywhere_in_a_pipe_command_is_an_error(tmp_path):
     for command in (f"cat {tmp_path}/none", f"cat {tmp_path}/none | cat"):
         with pytest.raises(StorageError, match=r"the command failed with exit code 1: .*none: No such file"):
             with storage.local(f"pipe:{command}"):
@@ -147,7 +147,7 @@ def test_braces_globs_and_folders(tmp_path, s3):
         storage.expand(f"{tmp_path}/{{0..1.tar")
 
 
-def test_what_is_put_on_s3_later_is_seen(s3):
+def test_objects_added_to_s3_later_are_found(s3):
     s3.put("later/0.tar", b"0")
     assert len(storage.expand(s3.url("later/*.tar"))) == 1
     s3.put("later/1.tar", b"1")
@@ -156,7 +156,7 @@ def test_what_is_put_on_s3_later_is_seen(s3):
     assert storage.read(s3.url("later/1.tar")) == b"22"
 
 
-def test_what_cannot_be_read_is_named(tmp_path, s3, web):
+def test_unreadable_address_is_named(tmp_path, s3, web):
     addresses = [f"{tmp_path}/none", s3.url("none"), "s3://nobucket/x", f"{web.url}/none", "http://127.0.0.1:9/x"]
     for address in [*addresses, "zz://x", f"{tmp_path}"]:
         for attempt in (
@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_named(tmp_path, s3, web):
             assert address in str(error.value) and "\n" not in str(error.value)
 
 
-def test_s3_after_a_fork(s3):
+def test_s3_can_be_read_after_a_fork(s3):
     """A loader's process is a fork of one that has used S3."""
     address = s3.put("fork/a", DATA)
     assert storage.read(address) == DATA

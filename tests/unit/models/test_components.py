@@ -184,7 +184,7 @@ def test_folder_is_copied_not_linked_and_remade_only_when_it_changes(fetch, tmp_
     assert json.loads((folder / "config.json").read_text()) == {"a": 7, "b": 3}
 
 
-def test_a_failure_leaves_the_earlier_snapshot(fetch, tmp_path):
+def test_failure_keeps_the_earlier_snapshot(fetch, tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source/a.txt").write_text("a")
     component = {"source": "folder", "path": "source"}
@@ -359,7 +359,7 @@ def test_hub_refusals(fetch, hub, change, words):
     refused(fetch(HUB | change, HF_ENDPOINT=hub.url), *words)
 
 
-def test_hub_file_name_that_leaves_the_folder(fetch, hub):
+def test_hub_file_name_outside_the_folder_is_refused(fetch, hub):
     hub.files["../../evil.json"] = b"{}"
     refused(fetch(HUB, HF_ENDPOINT=hub.url), "'../../evil.json'", "without '..'")
 
@@ -381,7 +381,7 @@ def test_hub_without_a_network(fetch, hub):
 
 
 # ---------------------------------------------------------------- the command, the list
-def test_name_cannot_leave_the_folder(fetch):
+def test_component_name_outside_the_folder_is_refused(fetch):
     process = fetch({"source": "folder", "path": "."}, name="..")
     assert process.returncode != 0 and "name=.." in process.stderr
 

@@ -67,7 +67,7 @@ def efficientnet(efficientnet_folder):
     return feature_networks.image_features(efficientnet_folder)
 
 
-def test_efficientnet_sees_images(efficientnet):
+def test_efficientnet_distinguishes_images(efficientnet):
     assert efficientnet.name == "EfficientNet-Lite0"
     x = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
     x[1, 0] = 255
@@ -148,7 +148,7 @@ def test_clip_as_image_features(clip):
 
 # ---------------------------------------------------------------- perceptual distance
 @pytest.mark.parametrize("network", ["efficientnet_folder", "clip", "inception_folder"])
-def test_perceptual_distance_leads_from_one_image_to_another(request, network):
+def test_perceptual_distance_decreases_along_its_gradient(request, network):
     distance = feature_networks.perceptual_distance(request.getfixturevalue(network))
     goal, start = (torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(seed)) * 255 for seed in (0, 1))
     start[:, 0] /= 2
@@ -169,7 +169,7 @@ class Rounding(torch.nn.Module):
         return img.to(torch.uint8).float().mean((2, 3))
 
 
-def test_perceptual_distance_needs_gradients(tmp_path):
+def test_perceptual_distance_needs_a_network_with_gradients(tmp_path):
     torch.jit.script(Rounding()).save(tmp_path / feature_networks.INCEPTION)
     with pytest.raises(FeatureError, match="^loss.perceptual_network: .*no gradient passes through Inception"):
         feature_networks.perceptual_distance(tmp_path)
@@ -177,7 +177,7 @@ def test_perceptual_distance_needs_gradients(tmp_path):
         feature_networks.perceptual_distance(tmp_path / "nowhere")
 
 
-def test_clip_scorer_refuses(tmp_path, clip):
+def test_clip_refuses_invalid_input(tmp_path, clip):
     with pytest.raises(FeatureError, match="no CLIP model here"):
         feature_networks.ClipModel(tmp_path)
     (tmp_path / "config.json").write_text((clip / "config.json").read_text())
@@ -203,6 +203,6 @@ def test_text_embeddings_are_pooled_over_real_tokens():
     assert feature_networks.text_embeddings(folder, []).shape == (0, 384)
 
 
-def test_text_embeddings_refuse(tmp_path):
+def test_text_embeddings_refuse_invalid_input(tmp_path):
     with pytest.raises(FeatureError, match="no text encoder"):
         feature_networks.text_embeddings(tmp_path, ["a"])

@@ -47,7 +47,7 @@ def train(unet, steps=3, lr=0.05) -> None:
         optimizer.zero_grad()
 
 
-def test_only_the_additions_train_and_they_start_at_nothing(unet):
+def test_only_low_rank_additions_train_and_they_start_at_zero(unet):
     before, plain = output(unet), {name: p.clone() for name, p in unet.named_parameters()}
     lora.add(unet, settings())
     assert torch.equal(output(unet), before)
@@ -92,7 +92,7 @@ def test_a_weight_becomes_w_plus_alpha_over_rank_b_a(unet, alpha, scale):
     torch.testing.assert_close(merged.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight, w)
 
 
-def test_dropout_acts_in_training_alone(unet):
+def test_dropout_is_active_only_in_training(unet):
     lora.add(unet, settings(dropout=0.5))
     train(unet)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def as_pipeline(tiny_parts, tiny_unet_params, unet):
     return diffusers.StableDiffusionPipeline(**named, unet=unet, **kept)
 
 
-def test_the_file_replaces_an_older_one_whole(unet, tmp_path, monkeypatch):
+def test_exported_file_replaces_an_older_one_atomically(unet, tmp_path, monkeypatch):
     lora.add(unet, settings())
     path = lora.export(unet, tmp_path)
     before = path.read_bytes()
@@ -155,7 +155,7 @@ def test_the_file_replaces_an_older_one_whole(unet, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["to_z", "q", "attn1", "norm1", ""])
-def test_a_target_without_a_layer_is_named_with_those_there_are(unet, target):
+def test_target_without_a_layer_is_named_with_the_valid_ones(unet, target):
     named = rf"^model.lora.targets: '{target}' is not a layer of the UNet; it has conv, conv1, .*to_out.0, to_q, to_v"
     with pytest.raises(ConfigError, match=named):
         lora.add(unet, settings(targets=["to_q", target]))
@@ -176,6 +176,6 @@ def test_ranks_and_dropouts_out_of_range_are_named(values, message):
         settings(**values)
 
 
-def test_no_target_at_all_is_refused(unet):
+def test_empty_targets_are_refused(unet):
     with pytest.raises(ConfigError, match="^model.lora.targets: '' is not a layer of the UNet; it has conv, conv1"):
         lora.add(unet, settings(targets=[]))

@@ -54,7 +54,7 @@ def build(tiny_parts, tiny_unet_params):
 
 
 # ---------------------------------------------------------------- building
-def test_parts_come_from_a_pipeline_folder_or_a_class(build, tiny_parts):
+def test_components_come_from_a_pipeline_folder_or_a_class(build, tiny_parts):
     parts = build(scheduler={"target": "diffusers.DDPMScheduler", "params": {"prediction_type": "v_prediction"}})
     kinds = [type(part).__name__ for part in (*parts.named().values(), parts.unet)]
     assert kinds == ["AutoencoderKL", "CLIPTextModel", "CLIPTokenizer", "DDPMScheduler", "UNet2DConditionModel"]
@@ -65,12 +65,12 @@ def test_parts_come_from_a_pipeline_folder_or_a_class(build, tiny_parts):
     assert all(p.requires_grad for p in parts.unet.parameters())
 
 
-def test_a_part_may_be_the_root_of_its_own_folder(build, tiny_parts):
+def test_component_folder_needs_no_subfolder(build, tiny_parts):
     parts = build(vae={"pretrained": str(tiny_parts / "vae")}, scheduler={"pretrained": str(tiny_parts / "scheduler")})
     assert parts.folders["vae"] == tiny_parts / "vae" and type(parts.scheduler).__name__ == "DDIMScheduler"
 
 
-def test_a_unet_of_a_folder_is_trained_further(build, tiny_unet_params, tmp_path):
+def test_unet_can_be_loaded_from_a_folder(build, tiny_unet_params, tmp_path):
     torch.manual_seed(5)
     saved = diffusers.UNet2DConditionModel(**tiny_unet_params).half()
     saved.save_pretrained(tmp_path / "unet")
@@ -79,7 +79,7 @@ def test_a_unet_of_a_folder_is_trained_further(build, tiny_unet_params, tmp_path
         assert after.requires_grad and after.dtype == torch.float32 and torch.equal(after, before.float())
 
 
-def test_a_tokenizer_may_be_made_of_its_vocabulary(build):
+def test_tokenizer_can_be_built_from_vocab_and_merges(build):
     params = {"vocab": {"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, "merges": [], "model_max_length": 4}
     found = build(tokenizer={"target": "transformers.CLIPTokenizer", "params": params}).tokenizer
     assert found(["a"], padding="max_length").input_ids == [[1, 0, 2, 2]]
@@ -92,13 +92,13 @@ def test_a_text_encoder_comes_from_a_folder(build):
         build(text_encoder=part)
 
 
-def test_a_whole_pipeline_serves_the_parts_that_are_not_named(tiny_parts, tiny_unet_params):
+def test_pretrained_pipeline_provides_components_that_are_not_set(tiny_parts, tiny_unet_params):
     model = section(tiny_parts, tiny_unet_params, **{part: {} for part in PARTS}, pretrained=str(tiny_parts))
     parts = load_parts(model)  # the UNet's own class comes before model.pretrained, which has none
     assert parts.folders["vae"] == tiny_parts / "vae" and parts.unet.config.cross_attention_dim == 32
 
 
-def test_parameters_are_laid_over_a_pretrained_scheduler(build, tiny_parts):
+def test_params_override_those_of_a_pretrained_scheduler(build, tiny_parts):
     changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     plain, found = build().scheduler, build(scheduler={"pretrained": str(tiny_parts), "params": changes}).scheduler
     assert type(found) is diffusers.DDIMScheduler and found.alphas_cumprod[-1] == 0 < plain.alphas_cumprod[-1]
@@ -114,7 +114,7 @@ def test_a_target_changes_the_class_of_a_pretrained_scheduler(build, tiny_parts)
     torch.testing.assert_close(found.alphas_cumprod, build().scheduler.alphas_cumprod)
 
 
-def test_parameters_of_the_scheduler_are_laid_over_those_of_a_whole_pipeline(tiny_parts, tiny_unet_params):
+def test_scheduler_params_override_those_of_a_pretrained_pipeline(tiny_parts, tiny_unet_params):
     named = {**{part: {} for part in PARTS}, "scheduler": {"params": {"prediction_type": "v_prediction"}}}
     found = load_parts(section(tiny_parts, tiny_unet_params, **named, pretrained=str(tiny_parts))).scheduler
     assert (found.config.prediction_type, found.config.beta_schedule) == ("v_prediction", "scaled_linear")
@@ -122,7 +122,7 @@ def test_parameters_of_the_scheduler_are_laid_over_those_of_a_whole_pipeline(tin
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "unet"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_parameters_beside_a_pretrained_part_are_refused(tiny_parts, tiny_unet_params, tmp_path, part, whole):
+def test_params_beside_a_pretrained_component_are_refused(tiny_parts, tiny_unet_params, tmp_path, part, whole):
     diffusers.UNet2DConditionModel(**tiny_unet_params).save_pretrained(tmp_path / "unet")
     folder = str(tmp_path if part == "unet" else tiny_parts)
     changes = {part: {"params": {"a": 1}}, "pretrained": folder}
@@ -142,7 +142,7 @@ def test_parameters_beside_a_pretrained_part_are_refused(tiny_parts, tiny_unet_p
         ({"target": "NoScheduler"}, "target: NoScheduler: a class of diffusers or transformers is expected"),
     ],
 )
-def test_what_a_pretrained_scheduler_does_not_take_names_its_key(build, tiny_parts, changes, message):
+def test_invalid_scheduler_params_name_their_key(build, tiny_parts, changes, message):
     with pytest.raises(ModelError, match=f"^model.scheduler.{message}"):
         build(scheduler={"pretrained": str(tiny_parts), **changes})
 
@@ -179,12 +179,12 @@ def test_what_a_pretrained_scheduler_does_not_take_names_its_key(build, tiny_par
         ),
     ],
 )
-def test_parts_that_cannot_be_built_name_their_key(build, changes, message):
+def test_components_that_cannot_be_built_name_their_key(build, changes, message):
     with pytest.raises(ModelError, match=f"^{message}"):
         build(**changes)
 
 
-def test_parts_that_do_not_fit_are_refused(build, tiny_unet_params):
+def test_components_that_do_not_fit_each_other_are_refused(build, tiny_unet_params):
     unet = {"target": "UNet2DConditionModel", "params": {**tiny_unet_params, "cross_attention_dim": 16}}
     with pytest.raises(
         ModelError, match="cross_attention_dim: 16, but the text encoder's states are 32 wide: set that"
@@ -221,7 +221,7 @@ def test_parts_that_do_not_fit_are_refused(build, tiny_unet_params):
         ),
     ],
 )
-def test_heads_and_groups_divide_their_channels(build, tiny_unet_params, changes, message):
+def test_heads_and_groups_must_divide_their_channels(build, tiny_unet_params, changes, message):
     unet = {"target": "UNet2DConditionModel", "params": {**tiny_unet_params, **changes}}
     with pytest.raises(ModelError, match=f"^model.unet.params.{message}") if message else contextlib.nullcontext():
         build(unet=unet)
@@ -240,12 +240,12 @@ def test_heads_and_groups_divide_their_channels(build, tiny_unet_params, changes
         {"act_fn": "smooth"},
     ],
 )
-def test_arguments_that_make_no_unet_are_refused_in_a_line(build, tiny_unet_params, changes):
+def test_invalid_unet_arguments_are_refused_with_one_line(build, tiny_unet_params, changes):
     with pytest.raises(ModelError, match="^model.unet.params: UNet2DConditionModel refuses them: [^\n]+$"):
         build(unet={"target": "UNet2DConditionModel", "params": {**tiny_unet_params, **changes}})
 
 
-def test_groups_of_a_vae_divide_its_channels(build):
+def test_groups_of_a_vae_must_divide_its_channels(build):
     part = {"target": "AutoencoderKL", "params": {"block_out_channels": [24], "norm_num_groups": 16}}
     with pytest.raises(
         ModelError, match="^model.vae.params.norm_num_groups: 16 does not divide all of .*24.; 1, 2, 3,"
@@ -253,14 +253,14 @@ def test_groups_of_a_vae_divide_its_channels(build):
         build(vae=part)
 
 
-def test_a_unet_may_project_the_states_of_captions(build, tiny_unet_params):
+def test_unet_can_project_the_caption_states(build, tiny_unet_params):
     projected = {**tiny_unet_params, "cross_attention_dim": 8, "encoder_hid_dim_type": "text_proj"}
     build(unet={"target": "UNet2DConditionModel", "params": {**projected, "encoder_hid_dim": 32}})
     with pytest.raises(ModelError, match="model.unet.params.encoder_hid_dim: 16, but the text encoder's states are 32"):
         build(unet={"target": "UNet2DConditionModel", "params": {**projected, "encoder_hid_dim": 16}})
 
 
-def test_a_unet_without_captions_is_refused(build):
+def test_unet_without_cross_attention_is_refused(build):
     with pytest.raises(
         ModelError, match="^model.unet.target: UNet2DModel takes no captions; UNet2DConditionModel does"
     ):
@@ -269,7 +269,7 @@ def test_a_unet_without_captions_is_refused(build):
 
 # ---------------------------------------------------------------- sizes
 @pytest.mark.parametrize(("resolution", "nearest"), [(30, "28 or 32"), (33, "32 or 36"), (3, "4"), (0, "4"), (-8, "4")])
-def test_a_resolution_that_the_networks_cannot_halve_is_refused(build, resolution, nearest):
+def test_resolution_that_the_networks_cannot_halve_is_refused(build, resolution, nearest):
     parts, why = build(), r"\(the VAE divides by 2, the UNet by 2\)"
     message = f"^dataset.params.resolution: {resolution} is not a multiple of 4 {why}: set {nearest}$"
     with pytest.raises(ModelError, match=message):
@@ -277,7 +277,7 @@ def test_a_resolution_that_the_networks_cannot_halve_is_refused(build, resolutio
 
 
 @pytest.mark.parametrize("sample_size", [8, 16, None])
-def test_an_exported_pipeline_draws_the_resolution_of_its_training(build, tiny_unet_params, tmp_path, sample_size):
+def test_exported_pipeline_samples_at_the_resolution_of_its_training(build, tiny_unet_params, tmp_path, sample_size):
     params = {**tiny_unet_params, "sample_size": sample_size}
     parts = build(unet={"target": "UNet2DConditionModel", "params": params})
     said = "^model.unet.params.sample_size: 8 is replaced by 16, the side of the latents of 32 pixels$"
@@ -288,7 +288,7 @@ def test_an_exported_pipeline_draws_the_resolution_of_its_training(build, tiny_u
     assert pipe("a red square", num_inference_steps=1).images[0].size == (32, 32)
 
 
-def test_captions_longer_than_the_encoder_takes_are_refused(build, tiny_parts, tmp_path):
+def test_caption_length_above_the_limit_of_the_encoder_is_refused(build, tiny_parts, tmp_path):
     folder = shutil.copytree(tiny_parts / "tokenizer", tmp_path / "tokenizer")
     facts = json.loads((folder / "tokenizer_config.json").read_text())
     del facts["model_max_length"]
@@ -300,7 +300,7 @@ def test_captions_longer_than_the_encoder_takes_are_refused(build, tiny_parts, t
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler"])
-def test_a_damaged_part_is_named(build, tiny_parts, tmp_path, part):
+def test_damaged_component_is_named(build, tiny_parts, tmp_path, part):
     folder = shutil.copytree(tiny_parts / part, tmp_path / part)
     for file in folder.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])
@@ -329,7 +329,7 @@ def test_weights_of_another_unet_are_refused(build, tiny_unet_params, tmp_path):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_raw_weights_lie_beside_averaged_ones_where_there_are_any(build, tmp_path, averaged):
+def test_init_weights_selects_ema_or_raw_weights(build, tmp_path, averaged):
     unets = {name: build().unet for name in ("unet", "unet_raw")}
     for unet in list(unets.values())[: 1 + averaged]:
         torch.nn.init.normal_(unet.conv_in.weight)
@@ -351,7 +351,7 @@ def test_xformers_without_cuda_is_a_warning(build):
 
 
 @pytest.mark.skipif(is_xformers_available(), reason="xformers is installed")
-def test_xformers_that_is_not_installed_says_how(build):
+def test_missing_xformers_names_the_remedy(build):
     with pytest.raises(
         ModelError, match="^model.xformers: the package is not installed: pip install -r requirements/gpu"
     ):
@@ -359,7 +359,7 @@ def test_xformers_that_is_not_installed_says_how(build):
 
 
 @pytest.mark.skipif(not is_xformers_available() or torch.cuda.is_available(), reason="needs xformers and no CUDA")
-def test_xformers_that_cannot_run_says_why(build):
+def test_xformers_that_cannot_run_names_the_reason(build):
     with pytest.raises(ModelError, match="^model.xformers: cannot run here: .*cuda.*; set model.xformers=false"):
         set_attention(build().unet, True, None, torch.device("cuda"))
 
@@ -392,7 +392,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_kernel_that_is_named_computes_attention_and_its_gradient(build):
+def test_configured_kernel_computes_attention_and_its_gradient(build):
     unet, flash = build().unet, "aten::_scaled_dot_product_flash_attention_for_cpu"
     unet.enable_gradient_checkpointing()
     generator = torch.Generator().manual_seed(0)
@@ -489,7 +489,7 @@ def test_a_bert_from_a_folder_conditions_a_pipeline(build, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_the_cache_is_exact_and_bounded(build):
+def test_caption_cache_is_exact_and_bounded(build):
     parts = build()
     calls = []
     parts.text_encoder.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))

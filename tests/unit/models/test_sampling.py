@@ -47,7 +47,7 @@ def sample(pipe, prompts=PROMPTS, batch_size=2, seed=3):
     return [np.asarray(image, dtype=np.int16) for image in found]
 
 
-def test_an_image_depends_on_its_prompt_and_seed_alone(pipeline):
+def test_image_depends_only_on_its_prompt_and_seed(pipeline):
     by_two, at_once, one = images(pipeline), images(pipeline, batch_size=8), images(pipeline, PROMPTS[2:3], seed=5)
     assert [image.shape for image in by_two] == [(32, 32, 3)] * 5
     for a, b in zip(by_two, at_once, strict=True):
@@ -63,7 +63,7 @@ def test_another_seed_is_another_image(pipeline):
 
 # ---------------------------------------------------------------- a pipeline in memory
 @pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction"])
-def test_a_pipeline_in_memory_draws_what_its_exported_folder_draws(prediction, parts, tmp_path):
+def test_pipeline_in_memory_and_its_export_draw_the_same_images(prediction, parts, tmp_path):
     scheduler = parts.scheduler if prediction == "epsilon" else flow_scheduler("DPMSolverMultistepScheduler")
     parts = dataclasses.replace(parts, scheduler=scheduler)
     here = sample(pipeline_of(parts, parts.unet))
@@ -72,7 +72,7 @@ def test_a_pipeline_in_memory_draws_what_its_exported_folder_draws(prediction, p
     assert here[0].std() > 5
 
 
-def test_sampling_leaves_the_model_as_it_was(parts):
+def test_sampling_does_not_change_the_model(parts):
     """Saves go on after a grid: they must write the scheduler that was configured."""
     scheduler = diffusers.DDIMScheduler(steps_offset=0, clip_sample=True)  # a pipeline makes these 1 and False
     before = dict(scheduler.config), scheduler.timesteps.clone()
@@ -136,7 +136,7 @@ def clean():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_pipeline_finds_the_image_that_our_objective_would_have_taught(name, clean, parts, tiny_unet_params):
+def test_pipeline_recovers_the_image_from_the_optimal_prediction(name, clean, parts, tiny_unet_params):
     """Exactly in 27 steps: a flow's noise levels are 37/1000 apart then. Else its times are the integers below, and the
 
     last of 10 steps, from noise level 0.0999 at time 99, leaves 0.9 % of a tenth of noise minus image.
@@ -165,7 +165,7 @@ def test_a_flow_is_sampled_at_times_that_were_trained(name, shift, steps):
 
 
 # ---------------------------------------------------------------- grids
-def test_a_grid_lays_images_out_row_by_row():
+def test_grid_arranges_images_row_by_row():
     colours = ["red", "green", "blue", "yellow", "black"]
     sheet = grid([Image.new("RGB", (4, 2), c) for c in colours])
     assert sheet.size == (12, 4)
@@ -207,7 +207,7 @@ def test_an_exported_pipeline_can_be_moved_with_its_project(project_parts, tmp_p
     assert sampled_image(Path(moved, "runs/1/pipeline")).tobytes() == before.tobytes()
 
 
-def test_a_pipeline_can_be_exported_behind_a_link(project_parts, tmp_path):
+def test_pipeline_can_be_exported_into_a_linked_folder(project_parts, tmp_path):
     (tmp_path / "scratch/deep/down").mkdir(parents=True)
     (tmp_path / "project/runs").symlink_to(tmp_path / "scratch/deep/down")
     folder = export_pipeline(tmp_path / "project/runs/1/pipeline", project_parts, project_parts.unet)

@@ -99,7 +99,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_planning_with_one_message(checkout, mistake):
+def test_invalid_configuration_ends_planning_with_one_message(checkout, mistake):
     edits, named = MISTAKES[mistake]
     words = {"run": "demo", "set": ""}
     for edit in [edits] if isinstance(edits, tuple) else edits:

@@ -11,7 +11,7 @@ from checkout import ROOT
 from sdtrain.orchestration import slurm
 
 
-def test_reasons_of_failed_jobs_are_slurms_words(tmp_path):
+def test_reasons_of_failed_jobs_are_quoted_from_slurm(tmp_path):
     log = tmp_path / ".snakemake/slurm_logs/rule_train/demo_stage1_400/12.log"
     log.parent.mkdir(parents=True)
     words = ["slurmstepd-n1: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***"]
@@ -26,7 +26,7 @@ def test_reasons_of_failed_jobs_are_slurms_words(tmp_path):
 @pytest.mark.parametrize(
     ("marker", "job"), [(None, "7"), ({"images": 8, "warned": False}, "7"), ({"images": 8, "warned": True}, "")]
 )
-def test_only_what_slurm_has_warned_goes_back_into_the_queue(tmp_path, monkeypatch, marker, job):
+def test_only_a_job_warned_by_slurm_is_requeued(tmp_path, monkeypatch, marker, job):
     if marker:
         (tmp_path / "requeue").write_text(json.dumps(marker))
     monkeypatch.setenv("SLURM_JOB_ID", job)

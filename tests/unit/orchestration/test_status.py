@@ -99,7 +99,7 @@ def trainer(since: float = 60):
 
 
 # ---------------------------------------------------------------- data and components
-def test_a_run_of_which_nothing_is_there(plan):
+def test_status_of_a_run_without_results(plan):
     text = view(plan)
     assert re.search(r"emoji/train/shards +missing, 0 of 2 partitions finished", text)
     assert re.search(r"emoji/train/latents/emoji-autoencoder-64px +missing", text)
@@ -110,7 +110,7 @@ def test_a_run_of_which_nothing_is_there(plan):
     assert text.splitlines()[-1] == "SLURM jobs of this folder: none"
 
 
-def test_data_and_components_that_are_there(plan, image_shards):
+def test_present_data_and_components_are_listed(plan, image_shards):
     shutil.copytree(image_shards, "results/data/emoji/train/shards")
     write_json("results/data/emoji/held_out/built/0-of-1.json", {})
     write_text("results/data/emoji/train/latents/emoji-autoencoder-64px/manifest.json", "{half of")
@@ -123,7 +123,7 @@ def test_data_and_components_that_are_there(plan, image_shards):
 
 
 # ---------------------------------------------------------------- the states of a stage
-def test_training(plan):
+def test_status_of_a_running_training(plan):
     write_log()
     with trainer() as process:
         seen = [stage2(plan), stage2(plan)]  # looking takes the lock from nobody
@@ -135,7 +135,7 @@ def test_training(plan):
     assert said[6].startswith(f"process {process} on ")
 
 
-def test_the_speed_is_that_of_the_last_lines_together(plan):
+def test_speed_is_taken_from_several_log_lines(plan):
     """The first line after a start counts what was compiled too: no end in years follows from it."""
     path = write_log()
     with open(path, "a") as file:
@@ -147,7 +147,7 @@ def test_the_speed_is_that_of_the_last_lines_together(plan):
         assert "training" in stage2(plan)
 
 
-def test_a_log_as_the_trainer_writes_it(plan, tmp_path):
+def test_log_written_by_the_trainer_is_read(plan, tmp_path):
     log = Telemetry(STAGE2 / "log.jsonl", total=26000, quiet=True)
     for images in (320, 640, 960):
         log.log(images, {"loss": images / 1000, "skipped": 0})
@@ -163,21 +163,21 @@ def test_a_log_as_the_trainer_writes_it(plan, tmp_path):
 @pytest.mark.parametrize(
     "end", ['{"images": 12320, "lo', '{"images": 12320, "loss": 0.1}\n\x00\x00', "[]\n", '{"a": 1}\n']
 )
-def test_a_line_that_is_cut_or_strange_is_passed_over(plan, end):
+def test_truncated_and_foreign_log_lines_are_skipped(plan, end):
     with open(write_log(), "a") as file:
         file.write(end)
     said = stage2(plan)
     assert re.search(r"12,(000|320) of 26,000 images", said) and "100.0 img/s" in said
 
 
-def test_a_trainer_that_begins(plan):
+def test_status_of_a_starting_training(plan):
     write_log(age=3600)
     with trainer(since=30):
         assert stage2(plan).startswith("starting · 12,000 of 26,000")
 
 
 @pytest.mark.parametrize("begun", [1500, 3600])
-def test_no_progress(plan, begun):
+def test_stalled_training_is_reported(plan, begun):
     write_log(age=1500)
     with trainer(since=begun):
         said = stage2(plan)
@@ -185,13 +185,13 @@ def test_no_progress(plan, begun):
     assert "expected end" not in said
 
 
-def test_lines_that_are_far_apart_are_no_halt(plan):
+def test_slow_training_is_not_reported_as_stalled(plan):
     write_log(age=1500, rate=0.5)  # one in 640 s
     with trainer(since=7200):
         assert stage2(plan).startswith("training · ")
 
 
-def test_a_trainer_killed_here_is_seen_at_once(plan):
+def test_training_killed_on_this_host_is_reported_at_once(plan):
     write_log()
     with trainer() as process:
         assert stage2(plan).startswith("training · ")
@@ -204,13 +204,13 @@ def test_a_trainer_killed_here_is_seen_at_once(plan):
 
 
 @pytest.mark.parametrize(("age", "state"), [(5, "training"), (1500, "stopped")])
-def test_a_trainer_on_another_host_is_believed_while_its_log_is_young(plan, age, state):
+def test_training_on_another_host_counts_as_running_while_its_log_is_recent(plan, age, state):
     write_log(age=age)
     write_lock()
     assert stage2(plan).startswith(f"{state} · ")
 
 
-def test_a_trainer_that_was_told_to_stop(plan):
+def test_status_of_a_training_that_waits_for_a_requeue(plan):
     write_log(age=60)
     write_lock()
     write_json(STAGE2 / "requeue", {"images": 12000})
@@ -224,12 +224,12 @@ def test_a_trainer_that_was_told_to_stop(plan):
     assert "checkpoint at 12,000 images, 1 min old" in said
 
 
-def test_between_two_milestones(plan):
+def test_status_between_two_milestones(plan):
     write_json(STAGE2 / "0/train.json", {"images": 0, "lost": 0})
     assert stage2(plan) == "waiting for its next milestone · 0 of 26,000 images (0 %)"
 
 
-def test_done(plan):
+def test_status_of_a_finished_stage(plan):
     write_log(until=26000, age=3 * 3600 + 600)
     write_lock()
     write_json(STAGE2 / "0/train.json", {"images": 0, "lost": 0})
@@ -239,7 +239,7 @@ def test_done(plan):
     assert said.endswith("last line 3 h 10 min ago · samples lost: 3")
 
 
-def test_the_table_of_milestones(plan):
+def test_table_of_milestones(plan):
     write_json(STAGE2 / "0/train.json", {"images": 0})
     write_json(STAGE2 / "0/samples.json", {"images": 128})
     write_json(STAGE2 / "0/frechet_distance.json", {"metric": "FID", "value": 313.04})
@@ -253,7 +253,7 @@ def test_the_table_of_milestones(plan):
     ]
 
 
-def test_colours_are_for_a_terminal(plan, monkeypatch):
+def test_colours_are_used_only_in_a_terminal(plan, monkeypatch):
     assert "\033" not in view(plan)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert "stage2  \033[33mnot started\033[0m · 0 of" in view(plan)
@@ -262,7 +262,7 @@ def test_colours_are_for_a_terminal(plan, monkeypatch):
 
 
 # ---------------------------------------------------------------- jobs
-def test_a_job_that_waits(plan):
+def test_status_of_a_pending_job(plan):
     write_log(age=60)
     write_lock()
     write_json(STAGE2 / "requeue", {"images": 12000, "warned": True})
@@ -277,7 +277,7 @@ def test_a_job_that_waits(plan):
     ]
 
 
-def test_a_job_that_runs(plan):
+def test_status_of_a_running_job(plan):
     begin = datetime.fromtimestamp(NOW - 1500)
     running = job("41", "RUNNING", started=begin)
     write_log(age=7200)
@@ -288,7 +288,7 @@ def test_a_job_that_runs(plan):
     assert view(plan, running).splitlines()[-1] == "      .snakemake/slurm_logs/rule_train/demo_stage2_26000/41.log"
 
 
-def test_long_words_of_slurm_fit_a_terminal(plan):
+def test_long_slurm_texts_fit_a_terminal(plan):
     reason = "Job's account not known, so it can't use this partition (lab allows lab) " * 2
     odd = slurm.Job("7", "COMPLETING", "", "1:00", "UNLIMITED", "1", None, "", "", None)
     text = view(plan, job("1234567", "PENDING", reason=reason), job("8", "RUNNING", wildcards="x" * 200), odd)
@@ -296,7 +296,7 @@ def test_long_words_of_slurm_fit_a_terminal(plan):
     assert "SLURM jobs of this folder: 3\n" in text
 
 
-def test_where_squeue_fails_the_files_still_speak(plan):
+def test_status_without_squeue_comes_from_the_files(plan):
     text = view(plan, trouble="squeue: Unable to contact slurm controller (connect failure) " * 3)
     assert "stage1  not started" in text
     assert "SLURM jobs of this folder: unknown\n  squeue: Unable to contact" in text
@@ -320,7 +320,7 @@ def answer(here: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def test_what_squeue_says_of_a_folder(tmp_path):
+def test_squeue_output_is_parsed(tmp_path):
     link = tmp_path.parent / f"{tmp_path.name}-link"
     link.symlink_to(tmp_path)
     waits, odd, trains, ends = slurm.parse(answer(tmp_path), link)
@@ -336,12 +336,12 @@ def test_what_squeue_says_of_a_folder(tmp_path):
     assert (ends.id, ends.state, ends.rule) == ("4", "COMPLETING", "")
 
 
-def test_the_log_of_a_group_of_jobs(tmp_path):
+def test_log_of_a_group_of_jobs_is_found(tmp_path):
     (tmp_path / ".snakemake/slurm_logs/group_all").mkdir(parents=True)
     assert slurm.parse(answer(tmp_path), tmp_path)[0].log == tmp_path / ".snakemake/slurm_logs/group_all/2.log"
 
 
-def test_no_jobs_and_another_format():
+def test_empty_and_malformed_squeue_output():
     assert slurm.parse("", Path()) == []
     with pytest.raises(slurm.SlurmError, match="expected the fields of a job, got '2 PENDING'"):
         slurm.parse("2 PENDING\n", Path())
@@ -365,7 +365,7 @@ def test_without_slurm_there_are_no_jobs(path):
     assert slurm.jobs(path) == []
 
 
-def test_a_squeue_that_answers(path, monkeypatch):
+def test_squeue_ignores_variables_of_the_user(path, monkeypatch):
     monkeypatch.setenv("SQUEUE_PARTITION", "none")  # of the user's own: it would hide jobs
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     (path / "answer").write_text(answer(path))
@@ -373,13 +373,13 @@ def test_a_squeue_that_answers(path, monkeypatch):
     assert [found.id for found in slurm.jobs(path)] == ["2", "3", "1", "4"]
 
 
-def test_a_squeue_that_fails(path):
+def test_failing_squeue_is_an_error(path):
     command(path, "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(slurm.SlurmError, match="^squeue: slurm_load_jobs error: Unable to contact.*`scontrol ping`"):
         slurm.jobs(path)
 
 
-def test_a_squeue_that_hangs(path, monkeypatch):
+def test_hanging_squeue_is_an_error(path, monkeypatch):
     monkeypatch.setattr(slurm, "TIMEOUT", 0.3)
     command(path, "exec /bin/sleep 60")
     begin = time.monotonic()
@@ -413,7 +413,7 @@ def test_the_command_needs_no_torch(tmp_path):
         (["runs=demo"], "error: unknown key 'runs'; did you mean run?"),
     ],
 )
-def test_a_wrong_call_gets_one_message(tmp_path, arguments, said):
+def test_invalid_arguments_end_with_one_message(tmp_path, arguments, said):
     result = run(*arguments, PATH=str(tmp_path))
     assert result.returncode == 1 and not result.stdout
     assert said in result.stderr and "Traceback" not in result.stderr

@@ -54,7 +54,7 @@ def test_each_term_of_the_loss_on_simple_errors():
     assert terms(red, target, **weights) == pytest.approx({k: v[1] * weights[k] for k, v in expected.items()}, abs=1e-6)
 
 
-def test_divergence_is_that_of_torch():
+def test_kl_divergence_equals_that_of_torch():
     mean, logvar = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
@@ -79,7 +79,7 @@ def test_psnr_of_a_known_error():
 
 
 # ---------------------------------------------------------------- the network
-def test_there_and_back_through_a_sample_of_the_posterior():
+def test_reconstruction_decodes_a_sample_of_the_posterior():
     torch.manual_seed(0)
     vae = autoencoder.build(PARAMS, 16)
     images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 8, 8)
@@ -91,7 +91,7 @@ def test_there_and_back_through_a_sample_of_the_posterior():
     torch.testing.assert_close(still.clamp(-1, 1), autoencoder.reconstruct(vae, images))
 
 
-def test_the_side_of_the_latents():
+def test_side_of_the_latents():
     vae = autoencoder.build(PARAMS, 16)
     assert [autoencoder.latent_side(vae, resolution) for resolution in (2, 16, 34)] == [1, 8, 17]
     for resolution, near in ((17, "16 or 18"), (1, "2"), (0, "2")):
@@ -113,7 +113,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_parameters_that_are_refused(case):
+def test_invalid_parameters_are_refused(case):
     params, message = BAD[case]
     with pytest.raises(ModelError, match=f"^{message}") as refusal:
         autoencoder.build(PARAMS | params, 16)
@@ -130,7 +130,7 @@ def test_fewer_blocks_than_levels_give_latents_of_another_size():
 
 
 # ---------------------------------------------------------------- normalised latents
-def test_statistics_are_by_channel_and_a_mute_channel_is_not_blown_up():
+def test_latent_statistics_are_per_channel_with_a_least_deviation():
     latents = torch.stack([torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.full((2, 2), 5.0)])[None]
     mean, std = autoencoder.latent_statistics(latents)
     torch.testing.assert_close(mean, torch.tensor([2.0, 5.0]))

@@ -48,7 +48,7 @@ def fill(saves: Checkpoints, *images: int) -> None:
         saves.finish()
 
 
-def test_a_state_comes_back_into_the_live_tensors(tmp_path):
+def test_checkpoint_is_loaded_into_the_existing_tensors(tmp_path):
     checkpoints_of_seven = checkpoints(tmp_path, 7.0)
     fill(checkpoints_of_seven, 16)
     other = checkpoints(tmp_path)
@@ -60,7 +60,7 @@ def test_a_state_comes_back_into_the_live_tensors(tmp_path):
     assert int(other.state["progress"]["updates"]) == 16 and other.newest == 16
 
 
-def test_what_changes_while_it_is_written_is_not_written(tmp_path):
+def test_changes_during_a_background_save_are_not_saved(tmp_path):
     saves = checkpoints(tmp_path, 1.0)
     big = saves.state["unet"]["big"] = torch.ones(3_000_000)
     saves.save(8)
@@ -70,7 +70,7 @@ def test_what_changes_while_it_is_written_is_not_written(tmp_path):
     assert (big == 1).all()
 
 
-def test_older_ones_go_when_the_new_one_is_there(tmp_path):
+def test_older_checkpoints_are_deleted_after_the_new_one_is_complete(tmp_path):
     saves = checkpoints(tmp_path, keep=2, always={8})
     fill(saves, 8, 16, 24, 100, 32)
     assert saves.saved() == [8, 24, 32, 100]  # a later one is left alone
@@ -80,7 +80,7 @@ def test_older_ones_go_when_the_new_one_is_there(tmp_path):
     assert checkpoints(tmp_path / "absent").saved() == []
 
 
-def test_until_a_save_has_ended_it_is_no_checkpoint(tmp_path):
+def test_incomplete_save_is_not_a_checkpoint(tmp_path):
     saves = checkpoints(tmp_path)
     fill(saves, 8)
     saves.save(16)
@@ -92,14 +92,14 @@ def test_until_a_save_has_ended_it_is_no_checkpoint(tmp_path):
     assert saves.saved() == [16] and saves.newest == 16 and not saves.settled()
 
 
-def test_what_killed_saves_left_goes_at_the_next_start(tmp_path):
+def test_files_of_killed_saves_are_deleted_at_the_next_start(tmp_path):
     saves = checkpoints(tmp_path)
     (tmp_path / ".7.tmp").mkdir()
     checkpoint.start_milestone(saves, 100, 0, "code")
     assert os.listdir(tmp_path) == []
 
 
-def test_traces_of_killed_saves_are_in_nobodys_way(tmp_path):
+def test_files_of_killed_saves_do_not_disturb_the_next_save(tmp_path):
     saves = checkpoints(tmp_path)
     (tmp_path / ".8.tmp").mkdir(parents=True)
     (tmp_path / ".8.tmp/.metadata").write_text("half")
@@ -143,7 +143,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not sprung.exists()
 
 
-def test_no_function_has_a_place_in_an_index(tmp_path):
+def test_index_with_a_function_is_refused(tmp_path):
     saves = checkpoints(tmp_path)
     fill(saves, 8)
     module = "torch.distributed.checkpoint.metadata"
@@ -154,7 +154,7 @@ def test_no_function_has_a_place_in_an_index(tmp_path):
             saves.load(8)
 
 
-def test_a_cut_checkpoint_is_named(tmp_path):
+def test_truncated_checkpoint_is_named(tmp_path):
     saves = checkpoints(tmp_path)
     fill(saves, 5)
     (data,) = (tmp_path / "5").glob("*.distcp")
@@ -185,7 +185,7 @@ except checkpoint.CheckpointError as error:
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     fill(checkpoints(tmp_path, 1.0), 8)
     output = python(FULL_DISK, tmp_path).communicate(timeout=120)[0]
     assert "16: could not be saved (" in output and "the checkpoint before it is untouched" in output
@@ -214,13 +214,13 @@ def save_by_rank(rank: int, folder: Path, full: int | None) -> str:
 
 
 @pytest.mark.parametrize("full", [0, 1])
-def test_a_rank_that_cannot_write_is_named_to_all(tmp_path, full):
+def test_all_ranks_name_the_rank_that_cannot_write(tmp_path, full):
     for said in run_ranks(save_by_rank, 2, tmp_path, full):
         assert f"16: could not be saved (rank {full}: " in said
     assert os.listdir(tmp_path) == ["8"]
 
 
-def test_two_ranks_share_the_writing(tmp_path):
+def test_each_of_two_ranks_writes_its_share(tmp_path):
     assert run_ranks(save_by_rank, 2, tmp_path, None) == ["saved", "saved"]
     assert sorted(f.name for f in (tmp_path / "16").iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     alone = checkpoints(tmp_path)
@@ -230,7 +230,7 @@ def test_two_ranks_share_the_writing(tmp_path):
 
 
 # ---------------------------------------------------------------- milestones
-def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path):
+def test_killed_job_keeps_its_checkpoints_for_the_resume(tmp_path):
     saves = checkpoints(tmp_path, keep=None)
     fill(saves, 64, 96)
     checkpoint.finish_milestone(saves, 50, "code")
@@ -238,7 +238,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(tmp_path):
     assert saves.saved() == [64, 96]
 
 
-def test_with_other_code_a_finished_milestone_is_trained_again_from_the_one_before(tmp_path):
+def test_other_code_retrains_a_milestone_from_the_previous_one(tmp_path):
     """Batches of 32: the milestones 50, 100 and 200 end at 64, 128 and 224 images."""
     saves = checkpoints(tmp_path, keep=None)
     fill(saves, 64, 128, 224)
@@ -254,7 +254,7 @@ def test_with_other_code_a_finished_milestone_is_trained_again_from_the_one_befo
     assert saves.saved() == [64, 96]
 
 
-def test_the_first_milestone_starts_from_nothing(tmp_path):
+def test_first_milestone_is_retrained_from_the_initial_weights(tmp_path):
     checkpoint.start_milestone(checkpoints(tmp_path / "absent"), 10, 0, "code")
     saves = checkpoints(tmp_path, keep=None)
     fill(saves, 0, 16)

@@ -23,7 +23,7 @@ def average(ema: Ema) -> float:
     return value
 
 
-def test_without_warmup_it_is_the_geometric_mean_of_the_past():
+def test_ema_without_warmup_equals_its_closed_form():
     module = constant(0.0)
     ema = Ema(module, 0.9, warmup=False)
     for p in module.parameters():
@@ -33,7 +33,7 @@ def test_without_warmup_it_is_the_geometric_mean_of_the_past():
         assert average(ema) == pytest.approx(1 - 0.9**k, rel=1e-6)
 
 
-def test_with_warmup_the_decay_starts_low():
+def test_warmup_limits_the_first_decays():
     module, expected = constant(0.0), 0.0
     ema = Ema(module, 0.3)
     for k in range(1, 9):
@@ -47,13 +47,13 @@ def test_with_warmup_the_decay_starts_low():
 
 
 @pytest.mark.parametrize("batch", [1, 16, 2048])
-def test_a_half_life_halves_the_past_whatever_the_batch(batch):
+def test_half_life_in_images_is_independent_of_the_batch_size(batch):
     settings = load_config(schema.EmaConfig, values={"half_life": 65536})
     assert decay_of(settings, batch) ** (65536 / batch) == pytest.approx(0.5)
     assert decay_of(load_config(schema.EmaConfig, values={"decay": 0.7}), batch) == 0.7
 
 
-def test_applied_weights_are_those_of_the_average_and_go_again():
+def test_applied_weights_are_the_average_and_are_restored():
     module = constant(1.0)
     ema = Ema(module, 0.5, warmup=False)
     for p in module.parameters():
@@ -72,7 +72,7 @@ def test_only_trained_weights_are_averaged():
     assert list(Ema(module, 0.5).weights) == ["weight"]
 
 
-def test_it_may_start_from_other_weights():
+def test_ema_can_start_from_other_weights():
     module = constant(1.0)
     ema = Ema(module, 0.5)
     ema.load(dict(constant(7.0).named_parameters()))

@@ -35,20 +35,20 @@ def with_rate(identity: Identity, rate: float) -> Identity:
     return changed(identity, decisive={**DECISIVE, "optimizer": {"params": {"learning_rate": rate}}})
 
 
-def test_the_key_is_that_of_all_that_decides(own):
+def test_key_depends_on_everything_that_decides_the_weights(own):
     assert own.saves == own.folder / "checkpoints" / own.key and len(own.key) == 16
     assert json.loads((own.saves / "about.json").read_text()) == own.about
     keys = {i.key for i in (own, with_batch(own, 32), with_rate(own, 0.2), changed(own, sources={"dataset": "cc"}))}
     assert len(keys) == 4 and changed(own, frozen=True, folder=Path("elsewhere")).key == own.key
 
 
-def test_the_same_training_goes_on(own):
+def test_same_training_can_resume(own):
     claim(own, anew=False)
     claim(changed(own, frozen=True), anew=False)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_another_global_batch_is_refused_with_what_to_set(own, frozen):
+def test_other_global_batch_is_refused_with_the_key_to_set(own, frozen):
     with pytest.raises(
         CheckpointError, match="global batch of 64 images, but this launch has 32 images; set system.global_batch=64"
     ):
@@ -57,7 +57,7 @@ def test_another_global_batch_is_refused_with_what_to_set(own, frozen):
     claim(with_batch(own, 32), anew=True)
 
 
-def test_by_hand_another_training_is_refused_with_what_differs(own):
+def test_other_training_by_hand_is_refused_with_the_keys_that_differ(own):
     other = changed(with_rate(own, 0.2), sources={"dataset": "aa", "vae": "cc"})
     named = "optimizer.params.learning_rate, the fingerprint of vae differ.*experiment.requeue=false.*experiment.name"
     with pytest.raises(CheckpointError, match=named):
@@ -65,7 +65,7 @@ def test_by_hand_another_training_is_refused_with_what_differs(own):
     claim(other, anew=True)
 
 
-def test_what_the_workflow_planned_starts_beside_the_old(own):
+def test_planned_training_starts_beside_the_old_one(own):
     planned = changed(with_rate(own, 0.2), frozen=True)
     claim(planned, anew=False)
     assert sorted(os.listdir(own.folder / "checkpoints")) == sorted([own.key, planned.key])

@@ -78,7 +78,7 @@ def test_every_prediction_recovers_the_clean_latents(prediction, batch):
     torch.testing.assert_close(recovered, clean)
 
 
-def test_velocities_are_the_published_ones(batch):
+def test_v_targets_equal_the_published_formula(batch):
     clean, noise, t = batch
     v = objective.target(process("v_prediction"), clean, noise, t)
     torch.testing.assert_close(v.float(), SCHEDULE.get_velocity(clean, noise, t).float(), atol=1e-5, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_velocities_are_the_published_ones(batch):
     torch.testing.assert_close((further - there) / 0.1, objective.target(flow, clean, noise, sigma * STEPS))
 
 
-def test_a_flow_goes_from_the_image_to_the_noise_on_a_straight_line(batch):
+def test_flow_is_a_straight_line_from_image_to_noise(batch):
     clean, noise, _ = batch
     flow = process("flow_prediction")
     for t, expected in ((0.0, clean), (500.0, (clean + noise) / 2), (1000.0, noise)):
@@ -100,7 +100,7 @@ def test_a_flow_goes_from_the_image_to_the_noise_on_a_straight_line(batch):
         torch.testing.assert_close(found, expected)
 
 
-def test_zero_terminal_snr_is_the_closed_form_of_its_paper():
+def test_zero_terminal_snr_equals_the_closed_form_of_its_paper():
     """Lin et al. 2023, algorithm 1: sqrt(a) is shifted and stretched; its first value stays, its last becomes 0."""
     root, _ = process("epsilon").scales(torch.arange(STEPS))
     expected = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -120,7 +120,7 @@ def test_at_zero_terminal_snr_the_last_step_is_noise_and_v_is_minus_the_image(ba
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction"])
-def test_half_precision_latents_meet_a_full_precision_schedule(prediction, batch):
+def test_half_precision_latents_use_a_full_precision_schedule(prediction, batch):
     clean, noise = batch[0].bfloat16(), batch[1].float()
     forward = objective.process_of(SCHEDULE) if prediction == "epsilon" else process(prediction)
     t = torch.ones(8, dtype=torch.int64 if prediction == "epsilon" else torch.float32)
@@ -237,7 +237,7 @@ def test_min_snr_weights_at_known_ratios():
 
 
 @pytest.mark.parametrize("scheduler", [SCHEDULE, ZERO], ids=["standard", "zero"])
-def test_weights_of_a_real_schedule_are_finite_and_of_one_objective(scheduler):
+def test_min_snr_weights_are_finite_and_consistent_between_predictions(scheduler):
     """The same error in x0 costs the same in every parametrisation: that is what the divisors are for."""
     t = torch.arange(STEPS)
     alphas = scheduler.alphas_cumprod.double()
@@ -281,7 +281,7 @@ def pixels(found):
     kind=st.sampled_from(["uniform", "stratified", "logit_normal"]),
     position=st.integers(0, 2**40),
 )
-def test_draws_do_not_depend_on_how_a_batch_is_shared(total, cuts, kind, position):
+def test_random_draws_do_not_depend_on_the_split_of_a_batch(total, cuts, kind, position):
     whole = draws(total, position=position, timesteps=kind, caption_dropout=0.5)
     edges = sorted({0, total, *(c for c in cuts if c < total)})
     pieces = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
@@ -291,7 +291,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_shared(total, cuts, kind, positio
     assert torch.equal(torch.cat([pixels(p) for p in parts], dim=1), pixels(whole))
 
 
-def test_draws_are_those_of_their_seed_and_position():
+def test_random_draws_depend_on_seed_and_position():
     first, again = draws(8, position=16, seed=1), draws(8, position=16, seed=1)
     assert torch.equal(first.time, again.time) and torch.equal(pixels(first), pixels(again))
     for other in (draws(8, position=24, seed=1), draws(8, position=16, seed=2)):
@@ -299,7 +299,7 @@ def test_draws_are_those_of_their_seed_and_position():
         assert not torch.isclose(pixels(first), pixels(other)).all(-1).any()
 
 
-def test_one_setting_does_not_change_the_draws_of_the_others():
+def test_setting_changes_only_its_own_random_draws():
     plain = draws(16)
     other = draws(16, timesteps="stratified", caption_dropout=0.9, offset_noise=1.0)
     assert torch.equal(pixels(plain), pixels(other))
@@ -313,14 +313,14 @@ def test_a_slot_outside_the_batch_is_an_error():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_captions_are_dropped_at_their_share(share):
+def test_share_of_dropped_captions_is_caption_dropout(share):
     found = draws(20_000, caption_dropout=share).drop
     assert found.dtype == torch.bool
     assert found.double().mean() == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 20_000))
 
 
 @pytest.mark.parametrize("count", [1, 7, 32, 1000])
-def test_stratified_times_take_one_from_each_slice(count):
+def test_stratified_timesteps_have_one_draw_per_slice(count):
     for position in range(20):
         time = draws(count, position=position, timesteps="stratified").time
         assert time.dtype == torch.float64 and 0 < time.min() and time.max() < 1
@@ -328,7 +328,7 @@ def test_stratified_times_take_one_from_each_slice(count):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "stratified"])
-def test_each_image_of_a_batch_sees_all_of_the_process_alike(kind):
+def test_timesteps_of_each_image_of_a_batch_are_uniform(kind):
     times = torch.stack([draws(4, position=4 * i, timesteps=kind).time for i in range(4000)])
     for place in range(4):
         assert scipy.stats.kstest(times[:, place], "uniform").pvalue > 1e-4
@@ -337,7 +337,7 @@ def test_each_image_of_a_batch_sees_all_of_the_process_alike(kind):
 
 
 @pytest.mark.parametrize("mean,std", [(0.0, 1.0), (-0.5, 1.5)])
-def test_logit_normal_times_have_normal_logits(mean, std):
+def test_logit_normal_timesteps_have_normal_logits(mean, std):
     time = draws(20_000, timesteps="logit_normal", logit_mean=mean, logit_std=std).time
     assert time.dtype == torch.float64
     assert scipy.stats.kstest(torch.logit(time), "norm", args=(mean, std)).pvalue > 1e-4
@@ -347,7 +347,7 @@ def test_logit_normal_times_have_normal_logits(mean, std):
     torch.testing.assert_close(torch.logit(time), torch.from_numpy(mean + std * quantiles), atol=1e-9, rtol=1e-9)
 
 
-def test_times_stay_inside_the_process_however_extreme():
+def test_extreme_logits_give_timesteps_within_range():
     for mean in (-1e3, 1e3):
         time = draws(64, timesteps="logit_normal", logit_mean=mean).time
         assert 0 < time.min() and time.max() < 1
@@ -359,7 +359,7 @@ def test_times_stay_inside_the_process_however_extreme():
 
 
 # ---------------------------------------------------------------- noise
-def test_normals_are_standard_and_of_each_image_its_own():
+def test_noise_is_standard_normal_and_independent_between_images():
     found = objective.normals(draws(64), 2, (4, 8, 8), "cpu")
     assert found.shape == (2, 64, 4, 8, 8) and found.dtype == torch.float32
     assert scipy.stats.kstest(found.flatten().double(), "norm").pvalue > 1e-4
@@ -368,7 +368,7 @@ def test_normals_are_standard_and_of_each_image_its_own():
     assert correlation.abs().max() < 6 / math.sqrt(256)
 
 
-def test_offset_noise_has_the_variance_and_the_correlation_of_its_closed_form():
+def test_offset_noise_has_the_variance_and_correlation_of_its_closed_form():
     """Within a channel the correlation is s^2 / (1 + s^2); between channels and images there is none."""
     s, found = 0.5, draws(2000)
     noise, shifted = (objective.normals(found, 1, (3, 4, 4), "cpu", offset)[0] for offset in (0.0, s))
@@ -391,7 +391,7 @@ def test_offset_noise_is_independent_of_the_noise():
     assert (correlation - torch.eye(15)).abs().max() < 5 / math.sqrt(2000)
 
 
-def test_offset_noise_is_of_the_first_normals_alone():
+def test_offset_noise_applies_only_to_the_first_normals():
     """The others are of the autoencoder's posterior, which has no offset."""
     found = draws(4)
     noise, other = objective.normals(found, 2, (4, 3, 3), "cpu")
@@ -401,7 +401,7 @@ def test_offset_noise_is_of_the_first_normals_alone():
     assert not torch.isclose(shifted, noise).any()
 
 
-def test_noise_is_the_same_whether_latents_were_computed_before_or_not():
+def test_noise_is_the_same_for_precomputed_latents():
     """Without them a second normal is drawn, for the posterior."""
     found = draws(4)
     alone, first = (objective.normals(found, count, (4, 3, 5), "cpu")[0] for count in (1, 2))
@@ -412,7 +412,7 @@ def test_noise_is_the_same_whether_latents_were_computed_before_or_not():
 CHOICES = {key.name: key.choices for key in all_keys(schema.StageConfig)}
 
 
-def test_each_choice_of_the_configuration_has_its_function_and_each_function_its_choice():
+def test_choices_of_the_schema_equal_the_registered_names():
     assert {*objective.TIMESTEPS} == {*CHOICES["objective.timesteps"]}
     assert {*objective.WEIGHTINGS} <= {field.name for field in dataclasses.fields(schema.ObjectiveConfig)}
     assert {*objective.TARGETS} == {*objective.DIFFUSION, objective.FLOW}

@@ -36,7 +36,7 @@ def train(module: nn.Module, optimizer, steps: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_state_made_beforehand_changes_nothing(fused):
+def test_optimizer_with_initial_state_equals_that_of_torch(fused):
     ours, theirs = network(), network()
     plain = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-8)
     found, expected = train(ours, build_optimizer(ours, settings(fused=fused)), 5), train(theirs, plain, 5)
@@ -44,7 +44,7 @@ def test_a_state_made_beforehand_changes_nothing(fused):
         torch.testing.assert_close(a, b, rtol=1e-6 * fused, atol=1e-7 * fused)
 
 
-def test_the_settings_reach_it():
+def test_settings_are_passed_to_the_optimizer():
     params = {"learning_rate": 0.5, "beta1": 0.7, "beta2": 0.8, "weight_decay": 0.3, "epsilon": 0.1}
     (group,) = build_optimizer(network(), settings(params=params)).param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.7, 0.8), 0.3, 0.1)
@@ -62,7 +62,7 @@ def test_frozen_weights_have_no_state(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_read_in_place_goes_on_exactly(name):
+def test_optimizer_state_loaded_in_place_resumes_exactly(name):
     whole = network()
     expected = train(whole, build_optimizer(whole, settings(name=name)), 1)
     one, two = network(), network()
@@ -83,13 +83,13 @@ def schedule(scheduler: str, **params):
     return load_config(schema.LRConfig, values={"scheduler": scheduler, "params": values})
 
 
-def test_constant_with_warmup_rises_in_equal_steps_and_stays():
+def test_constant_with_warmup_rises_linearly_then_stays_constant():
     rates = [learning_rate(s, 100, schedule("ConstantWithWarmup", warmup_length=4)) for s in range(8)]
     assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
     assert learning_rate(0, 100, schedule("ConstantWithWarmup", warmup_length=0)) == 2.0
 
 
-def test_the_cosine_falls_to_its_end():
+def test_cosine_decays_to_its_final_value():
     falling = schedule("CosineWithWarmup", warmup_length=10, decay_from=0.5, final=0.1)
     assert [learning_rate(s, 100, falling) for s in (9, 10, 50)] == [2.0, 2.0, 2.0]
     for step in (60, 75, 99, 100):
@@ -102,12 +102,12 @@ def test_the_cosine_falls_to_its_end():
 CHOICES = {key.name: key.choices for key in all_keys(schema.StageConfig)}
 
 
-def test_each_choice_of_the_configuration_has_its_function_and_each_function_its_choice():
+def test_choices_of_the_schema_equal_the_registered_names():
     assert {*OPTIMIZERS} == {*CHOICES["optimizer.name"]}
     assert {*SCHEDULES} == {*CHOICES["lr_scheduler.scheduler"]}
 
 
-def test_the_optimizer_is_the_one_that_is_named(monkeypatch):
+def test_optimizer_name_selects_the_optimizer(monkeypatch):
     def sgd(weights, chosen):
         return torch.optim.SGD(weights, chosen.params.learning_rate)
 

@@ -110,20 +110,20 @@ def trained(tiny_unet_params, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_learn_what_one_process_learns(trained, tiny_unet_params, tmp_path, strategy):
+def test_two_ranks_give_the_same_weights_as_one_process(trained, tiny_unet_params, tmp_path, strategy):
     expected, norms = alone(tiny_unet_params, tmp_path, 0, 2)
     for weights, found, _ in trained[strategy][1]:
         close(weights, expected)
         assert found == pytest.approx(norms, rel=1e-4)
 
 
-def test_a_sharded_rank_holds_half(trained):
+def test_each_of_two_sharded_ranks_holds_half_of_the_state(trained):
     replicated, sharded = (trained[strategy][1][0][2] for strategy in ("ddp", "fsdp"))
     assert 0.5 * replicated <= sharded < 0.55 * replicated
 
 
 @pytest.mark.parametrize(("saved_by", "read_by"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")])
-def test_each_strategy_goes_on_from_the_others_checkpoint(trained, tiny_unet_params, saved_by, read_by):
+def test_each_strategy_resumes_from_checkpoints_of_the_other(trained, tiny_unet_params, saved_by, read_by):
     folder = trained[saved_by][0]
     (weights, _, _), _ = run_ranks(learn, 2, folder, read_by, tiny_unet_params, 2, 4, False)
     close(weights, alone(tiny_unet_params, folder, 2, 4)[0])
@@ -146,7 +146,7 @@ def accumulate(rank: int, strategy: str, params: dict):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_exchange_at_the_last_micro_batch_only(tiny_unet_params, strategy):
+def test_gradients_are_reduced_only_after_the_last_micro_batch(tiny_unet_params, strategy):
     unet = network(tiny_unet_params)
     backward(unet, 0, slice(0, 4))
     expected = next(p.grad for p in unet.parameters() if p.dim() == 4)
@@ -160,7 +160,7 @@ def test_ranks_exchange_at_the_last_micro_batch_only(tiny_unet_params, strategy)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 2.0, None])
-def test_gradients_are_scaled_down_to_the_largest_norm(max_norm):
+def test_gradients_are_clipped_to_the_largest_norm(max_norm):
     module = torch.nn.Linear(1, 1)
     module.weight.grad, module.bias.grad = torch.full((1, 1), 0.6), torch.full((1,), 0.8)
     assert parallel.clip_gradients(module, max_norm).item() == pytest.approx(1.0)
@@ -180,19 +180,19 @@ def start_average(rank: int, params: dict):
     return inside, parallel.plain_unet(unet, main=True).state_dict()
 
 
-def test_a_sharded_average_may_start_from_other_weights(tiny_unet_params):
+def test_sharded_ema_can_start_from_other_weights(tiny_unet_params):
     for inside, after in run_ranks(start_average, 2, tiny_unet_params):
         close(inside, network(tiny_unet_params, seed=5).state_dict(), rtol=0, atol=0)
         close(after, network(tiny_unet_params).state_dict(), rtol=0, atol=0)
 
 
-def test_one_process_cannot_shard(tiny_unet_params):
+def test_fsdp_needs_more_than_one_rank(tiny_unet_params):
     with pytest.raises(DistError, match="distributed.strategy: fsdp needs more than one rank"):
         parallel.spread(network(tiny_unet_params), "fsdp", 1, CPU)
 
 
 @pytest.mark.parametrize("how", ["model", "blocks"])
-def test_what_is_compiled_computes_the_same(tiny_unet_params, how):
+def test_compiled_unet_gives_the_same_gradients(tiny_unet_params, how):
     torch._dynamo.config.suppress_errors = False
     plain, compiled = network(tiny_unet_params), network(tiny_unet_params)
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +207,7 @@ def test_what_is_compiled_computes_the_same(tiny_unet_params, how):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_are_those_that_repeat(tiny_unet_params):
+def test_blocks_are_resnets_and_transformers(tiny_unet_params):
     kinds = {type(block).__name__ for block in parallel.blocks(network(tiny_unet_params))}
     assert kinds == {"ResnetBlock2D", "Transformer2DModel"}
 
@@ -232,10 +232,10 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("share", "found"), [(64, 4), (6, 6), (7, 7), (1, 1), (9, 3), (16, 4)])
-def test_the_largest_divisor_that_leaves_a_tenth_free_is_found(gpu, share, found):
+def test_auto_batch_size_is_the_largest_divisor_that_leaves_a_tenth_free(gpu, share, found):
     assert parallel.largest_that_fits(share, gpu, CPU) == found  # 8 would fill 96 of 100
 
 
-def test_what_does_not_fit_at_all_is_refused(gpu):
+def test_one_image_that_does_not_fit_is_an_error(gpu):
     with pytest.raises(DistError, match="not even one image fits the GPU; set model.gradient_checkpointing=true"):
         parallel.largest_that_fits(8, lambda images: gpu(images, 200), CPU)

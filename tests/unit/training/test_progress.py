@@ -21,7 +21,7 @@ def saved(tmp_path):
     return progress, checkpoints
 
 
-def test_losses_are_means_over_images_since_the_last_time():
+def test_losses_are_means_over_images_since_the_last_log_line():
     progress = Progress(2)
     progress.learn([3.0, 1.0], [3.0, 1.0])
     progress.learn([1.0, 0.0], [1.0, 0.0])
@@ -33,7 +33,7 @@ def test_losses_are_means_over_images_since_the_last_time():
     assert progress["updates"] == 3
 
 
-def test_an_update_ends_a_bad_streak():
+def test_update_resets_the_count_of_consecutive_skipped_steps():
     progress = Progress()
     for _ in range(3):
         progress.skip()
@@ -42,7 +42,7 @@ def test_an_update_ends_a_bad_streak():
     assert (progress["in_a_row"], progress["skipped"], progress["updates"]) == (0, 3, 1)
 
 
-def test_it_comes_back_as_it_was(saved, tmp_path):
+def test_progress_is_restored_from_a_checkpoint(saved, tmp_path):
     saved[1].finish()
     other = Progress(2)
     Checkpoints(tmp_path, other.state).load(80)
@@ -50,7 +50,7 @@ def test_it_comes_back_as_it_was(saved, tmp_path):
     assert other.take_losses() == (1.0, [1.5, 0.5])
 
 
-def test_a_rollback_moves_the_data_on_and_keeps_what_happened(saved):
+def test_rollback_continues_with_other_data_and_keeps_the_counts(saved):
     progress, checkpoints = saved
     for _ in range(2):
         progress.learn([9.0, 9.0], [1.0, 1.0])

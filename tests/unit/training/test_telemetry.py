@@ -33,7 +33,7 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_entries_are_written_as_they_come(tmp_path):
+def test_log_entries_are_written_immediately(tmp_path):
     log = tmp_path / "run/log.jsonl"
     telemetry = Telemetry(log, total=40)
     entry = telemetry.log(10, {"loss": 0.123456789, "lr": 1.0})
@@ -45,7 +45,7 @@ def test_entries_are_written_as_they_come(tmp_path):
 
 
 @pytest.mark.parametrize(("start", "kept"), [(0, []), (10, [10]), (25, [10, 20]), (40, [10, 20, 30, 40])])
-def test_a_resume_drops_what_lies_past_its_start(tmp_path, start, kept):
+def test_resume_drops_log_lines_after_its_start(tmp_path, start, kept):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"images": i, "loss": 1.0}) + "\n" for i in (10, 20, 30, 40)))
     telemetry = Telemetry(log, total=100, start=start)
@@ -55,14 +55,14 @@ def test_a_resume_drops_what_lies_past_its_start(tmp_path, start, kept):
 
 
 @pytest.mark.parametrize("cut", ['{"images": 2', '{"images', "7", '{"loss": 1.0}', '{"images": "2"}', "\0\0"])
-def test_a_line_cut_by_a_kill_is_dropped(tmp_path, cut):
+def test_truncated_last_line_is_dropped(tmp_path, cut):
     log = tmp_path / "log.jsonl"
     log.write_text('{"images": 10}\n' + cut)
     Telemetry(log, total=100, start=90).close()
     assert lines(log) == [{"images": 10}]
 
 
-def test_throughput_is_told_for_all_and_for_one(tmp_path):
+def test_throughput_is_logged_in_total_and_per_gpu(tmp_path):
     telemetry = Telemetry(tmp_path / "log", total=100, world_size=4, flops_per_image=3e9, peak=1e12)
     time.sleep(0.05)
     entry = telemetry.log(40, {"loss": 1.0, "data_wait": 0.02})
@@ -75,7 +75,7 @@ def test_throughput_is_told_for_all_and_for_one(tmp_path):
 
 
 @pytest.mark.parametrize("known", [{}, {"flops_per_image": 1e9}, {"peak": 1e12}, {"flops_per_image": 0, "peak": 1e12}])
-def test_no_mfu_where_a_part_of_it_is_not_known(known):
+def test_no_mfu_without_peak_or_flops(known):
     entry = Telemetry(None, total=10, **known).log(10, {"loss": 1.0})
     assert "mfu" not in entry and "data_wait" not in entry
 
@@ -94,14 +94,14 @@ def test_memory_is_the_peak_of_the_gpu_since_the_last_line():
     assert telemetry.log(5, {})["memory_gb"] >= 2 > telemetry.log(10, {})["memory_gb"]
 
 
-def test_small_numbers_keep_their_digits_and_what_is_no_number_is_left_out(tmp_path):
+def test_small_numbers_keep_their_digits_and_non_finite_ones_are_left_out(tmp_path):
     telemetry = Telemetry(tmp_path / "log", total=10)
     telemetry.log(10, {"lr": 1.23456789e-8, "loss_q1": math.nan, "grad_norm": math.inf, "skipped": 3})
     (line,) = lines(tmp_path / "log")
     assert line["lr"] == 1.23457e-8 and line["skipped"] == 3 and not {"loss_q1", "grad_norm"} & line.keys()
 
 
-def test_saving_is_left_out_of_the_rate():
+def test_time_of_saving_does_not_count_for_the_throughput():
     telemetry = Telemetry(None, total=100)
     time.sleep(0.05)
     with telemetry.excluded():
@@ -112,7 +112,7 @@ def test_saving_is_left_out_of_the_rate():
     telemetry.close()
 
 
-def test_progress_is_said_in_words_where_there_is_no_terminal(capfd):
+def test_progress_is_printed_as_lines_without_a_terminal(capfd):
     telemetry = Telemetry(None, total=2000, start=1000, label="demo/stage1")
     time.sleep(0.01)
     telemetry.log(1500, {"loss": 0.25})
@@ -131,7 +131,7 @@ def test_progress_is_said_in_words_where_there_is_no_terminal(capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_an_event_is_a_line_and_is_said(tmp_path, capfd):
+def test_event_is_logged_and_printed(tmp_path, capfd):
     telemetry = Telemetry(tmp_path / "log", total=10, label="demo")
     telemetry.note(1000, "rolled back", position=1200, reason="loss is nan", loss=math.nan)
     telemetry.note(2000, "skipped a step")
@@ -145,7 +145,7 @@ def test_an_event_is_a_line_and_is_said(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_a_rollback_takes_metrics_back_and_leaves_events(tmp_path):
+def test_rollback_removes_metrics_and_keeps_events(tmp_path):
     telemetry = Telemetry(tmp_path / "log", total=100)
     for images in (10, 20, 30):
         telemetry.log(images, {"loss": 1.0})
@@ -215,7 +215,7 @@ def what_is_logged(folder: Path, budgets: list[int]) -> tuple[list[dict], int]:
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(folder / "log")], kills
 
 
-def test_a_killed_training_logs_what_one_in_peace_does(tmp_path):
+def test_killed_training_has_the_same_log_as_an_uninterrupted_one(tmp_path):
     whole, _ = what_is_logged(tmp_path / "whole", [])
     metrics = [line for line in whole if "event" not in line]
     assert [line["images"] for line in metrics] == [*range(10, 110, 10)]  # each image once, in its last version
@@ -241,7 +241,7 @@ def unet(tiny_unet_params):
 
 
 @pytest.mark.parametrize(("side", "gflops"), [(32, 537), (64, 2407)])
-def test_flops_of_stable_diffusion_are_those_known(side, gflops):
+def test_flops_of_stable_diffusion_have_the_known_values(side, gflops):
     params = OmegaConf.load(ROOT / "configs/sd-v1.yaml").model.unet.params
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(**OmegaConf.to_container(params))
@@ -255,7 +255,7 @@ def test_attention_is_counted_forward_and_backward(unet):
     assert training_flops(unet, (4, 8, 8), (17, 32)) - training_flops(unet, (4, 8, 8), (16, 32)) == expected
 
 
-def test_flops_do_not_depend_on_how_they_are_computed(unet):
+def test_flops_do_not_depend_on_kernel_checkpointing_or_precision(unet):
     plain = training_flops(unet, (4, 8, 8), (16, 32))
     unet.enable_gradient_checkpointing()
     unet.set_attn_processor(XFormersAttnProcessor())
@@ -266,7 +266,7 @@ def test_flops_do_not_depend_on_how_they_are_computed(unet):
     assert all(isinstance(p, XFormersAttnProcessor) for p in unet.attn_processors.values())
 
 
-def test_frozen_weights_need_no_gradient(unet):
+def test_flops_exclude_gradients_of_frozen_weights(unet):
     full = training_flops(unet, (4, 8, 8), (16, 32))
     unet.requires_grad_(False).add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     assert 0.6 < training_flops(unet, (4, 8, 8), (16, 32)) / full < 0.8  # a forward pass and half of a backward
@@ -325,12 +325,12 @@ def test_peaks_of_known_devices(monkeypatch, name, bf16, tf32, fp32):
         "",
     ],
 )
-def test_no_peak_is_guessed(monkeypatch, name):
+def test_unknown_device_has_no_peak(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), True) is None and peak_flops(torch.device("cuda"), True, 10) == 1e13
 
 
-def test_a_cpu_has_a_peak_only_where_it_is_said():
+def test_cpu_has_a_peak_only_if_it_is_configured():
     assert peak_flops(torch.device("cpu"), False) is None and peak_flops(torch.device("cpu"), False, 0.5) == 5e11
 
 
@@ -407,13 +407,13 @@ def test_an_offline_run_is_written_without_the_key(tmp_path, environment):
     assert_not_written(tmp_path)
 
 
-def test_a_run_is_filed_under_entity_project_and_name(tmp_path, environment):
+def test_wandb_run_has_the_configured_entity_project_and_name(tmp_path, environment):
     run = start_wandb(stage(tmp_path, entity="team", mode="offline"), tmp_path, "abc")
     assert (run.settings.entity, run.settings.project, run.settings.run_name) == ("team", "p", "n")
     run.finish()
 
 
-def test_wandb_gets_each_entry_by_its_images_and_pictures(tmp_path, environment):
+def test_wandb_receives_entries_by_images_seen_and_pictures(tmp_path, environment):
     telemetry = Telemetry(None, total=30, wandb=start_wandb(stage(tmp_path), tmp_path, "abc"))
     for images in (10, 20):
         telemetry.log(images, {"loss": 0.5, "loss_q1": math.nan})
@@ -438,7 +438,7 @@ def test_wandb_gets_each_entry_by_its_images_and_pictures(tmp_path, environment)
     assert (axis.glob_name, axis.step_metric) == ("*", "images")
 
 
-def test_without_a_key_it_is_offline_and_disabled_is_nothing(tmp_path, environment):
+def test_wandb_is_offline_without_a_key_and_off_if_disabled(tmp_path, environment):
     assert start_wandb(stage(tmp_path, mode="disabled"), tmp_path, "x") is None
     run = start_wandb(stage(tmp_path), tmp_path, "y")
     assert run.settings.mode == "offline"
@@ -446,7 +446,7 @@ def test_without_a_key_it_is_offline_and_disabled_is_nothing(tmp_path, environme
 
 
 @pytest.mark.parametrize("where", ["configuration", "environment", "netrc"])
-def test_a_key_means_online_and_no_server_one_message(tmp_path, environment, where):
+def test_wandb_is_online_with_a_key_and_a_missing_server_is_an_error(tmp_path, environment, where):
     cfg = stage(tmp_path, **({"api_key": SECRET} if where == "configuration" else {}))
     if where == "environment":
         environment.setenv("WANDB_API_KEY", SECRET)
@@ -463,7 +463,7 @@ def test_a_key_means_online_and_no_server_one_message(tmp_path, environment, whe
         assert_not_written(tmp_path)
 
 
-def test_online_without_a_key_is_one_message(tmp_path, environment):
+def test_wandb_online_without_a_key_is_an_error(tmp_path, environment):
     with pytest.raises(
         ConfigError, match=r"^wandb.mode=online: no key is known: run wandb login, or set WANDB_API_KEY"
     ):
@@ -473,7 +473,7 @@ def test_online_without_a_key_is_one_message(tmp_path, environment):
 @pytest.mark.parametrize(
     "bad", [{"WANDB_API_KEY": "short"}, {"WANDB_API_KEY": f" {SECRET}"}, {"WANDB_MODE": "sideways"}]
 )
-def test_what_wandb_refuses_is_one_message(tmp_path, environment, bad):
+def test_settings_that_wandb_refuses_are_an_error(tmp_path, environment, bad):
     for name, value in bad.items():
         environment.setenv(name, value)
     with pytest.raises(ConfigError) as error:
@@ -484,7 +484,7 @@ def test_what_wandb_refuses_is_one_message(tmp_path, environment, bad):
     )
 
 
-def test_a_training_survives_the_end_of_wandbs_process(tmp_path, environment):
+def test_training_continues_if_the_process_of_wandb_ends(tmp_path, environment):
     telemetry = Telemetry(tmp_path / "log", total=20, wandb=start_wandb(stage(tmp_path), tmp_path, "abc"))
     telemetry.log(10, {"loss": 1.0})
     for process in Path("/proc").glob("[0-9]*"):

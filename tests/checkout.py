@@ -1,4 +1,4 @@
-"""A working copy of the project in another folder, and Snakemake's own command line called in it, in this process."""
+"""Make a working copy of the project in another folder, and run Snakemake's command line in it, in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED = ("Snakefile", "workflow", "profiles", "slurm", "envs", "resources/pretr
 
 
 def make_checkout(folder: Path) -> Path:
-    """Fill `folder`, which must not exist, with links to the code and configurations of its own; return it."""
+    """Create `folder` with links to the code and a copy of the configurations; return it."""
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "resources").mkdir()
     for name in SHARED:
@@ -41,7 +41,7 @@ def set_key(tree: Path, name: str, key: str, value) -> None:
 
 @dataclass
 class Plan:
-    """What one call of Snakemake planned or, where it failed, said."""
+    """What one Snakemake invocation planned and printed."""
 
     ok: bool = False
     text: str = ""
@@ -49,16 +49,16 @@ class Plan:
 
     @property
     def rules(self) -> set[str]:
-        """The names of the planned rules, but the targets, which make nothing."""
+        """Return the names of the planned rules without the target rules."""
         return {job["rule_name"] for job in self.jobs} - {"all", "data", "stages"}
 
     def of(self, rule: str) -> list[dict]:
-        """The jobs of one rule."""
+        """Return the jobs of one rule."""
         return [job for job in self.jobs if job["rule_name"] == rule]
 
 
 def snakemake(tree: Path, *arguments: str) -> Plan:
-    """Call `snakemake` in `tree`; every record that passes its logger is looked at, whatever handlers it has."""
+    """Run `snakemake` in `tree`; collect its planned jobs from the records of its logger."""
     plan, said = Plan(), io.StringIO()
 
     def watch(record) -> bool:
@@ -72,7 +72,7 @@ def snakemake(tree: Path, *arguments: str) -> Plan:
         try:
             parser, options = parse_args(list(arguments))
             plan.ok = args_to_api(options, parser)
-        finally:  # the Snakefile extends both
+        finally:  # the Snakefile changes the environment and sys.path
             logger.removeFilter(watch)
             os.environ.clear()
             os.environ.update(before[0])
@@ -82,7 +82,7 @@ def snakemake(tree: Path, *arguments: str) -> Plan:
 
 
 def make_results(tree: Path, *arguments: str) -> None:
-    """Stand-ins for all results of a run, each recorded as made from the present configuration."""
+    """Write placeholders for all results of a run, and record them as results of the present configuration."""
     profile = ("--profile", "profiles/local")
     planned = snakemake(tree, *profile, "--dry-run", *arguments)
     assert planned.ok, planned.text

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a tiny latent diffusion model with a real tokenizer, and real shards of small images."""
+"""Fixtures of all tests: a tiny latent diffusion model with a tokenizer, and shards of small images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from samples import SHARD_SIZES, make_sample, make_tokenizer, write_tar
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the commands that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported, here and in the commands that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory) -> Path:
-    """A folder with vae/ (two levels, f2, 4 channels), text_encoder/ (CLIP, 32 wide), tokenizer/ and scheduler/."""
+    """Return a folder with vae/ (two levels, f2, 4 channels), text_encoder/ (CLIP, 32 wide), tokenizer/, scheduler/."""
     import diffusers
     import torch
     import transformers
@@ -62,7 +62,7 @@ def tiny_parts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_unet_params() -> dict:
-    """Arguments of a UNet2DConditionModel that fits `tiny_parts`."""
+    """Return arguments of a UNet2DConditionModel that fits `tiny_parts`."""
     return {
         "sample_size": 16,
         "in_channels": 4,
@@ -79,7 +79,7 @@ def tiny_unet_params() -> dict:
 
 @pytest.fixture(scope="session")
 def image_shards(tmp_path_factory) -> Path:
-    """A folder of three unequal tars of jpg, txt and json (41 images in all) and their manifest.json."""
+    """Return a folder of three unequal tars of jpg, txt and json (41 images in all) and their manifest.json."""
     from sdtrain.data.manifest import write_manifest
 
     folder = tmp_path_factory.mktemp("image_shards")
@@ -93,7 +93,7 @@ def image_shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[types.SimpleNamespace]:
-    """A real S3 server on loopback, which the environment names to this process and to the commands it starts.
+    """Start an S3 server on loopback; set the environment so that this process and its commands use it.
 
     `endpoint`; `put(key, data) -> "s3://tests/key"`; `url(key)`; and `client`, boto3's.
     """
@@ -102,7 +102,7 @@ def s3() -> Iterator[types.SimpleNamespace]:
     import boto3
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints a line a request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints one line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())

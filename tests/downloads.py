@@ -1,4 +1,4 @@
-"""A loopback server of images with the faults of web servers, and builds of shards that download from it."""
+"""A loopback image server with the faults of web servers, and builds of shards that download from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sdtrain.data.manifest import read_manifest
 from sdtrain.data.verify import find_faults
 
 CONFIG = {"image_size": 16, "samples_per_shard": 4, "processes": 1, "threads": 4, "retries": 0, "columns": ["group"]}
-ENVIRONMENT = {  # img2dataset imports many modules, three times a run, so bytecode is kept between runs
+ENVIRONMENT = {  # img2dataset imports many modules three times per run, so bytecode is kept between runs
     **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
     "PYTHONPATH": str(ROOT / "workflow"),
     "PYTHONPYCACHEPREFIX": f"{tempfile.gettempdir()}/sdtrain-bytecode-{os.getuid()}",
@@ -179,7 +179,7 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 def wait(ready, limit=60) -> None:
-    """Wait until `ready()`."""
+    """Wait until `ready()` is true."""
     end = time.monotonic() + limit
     while not ready():
         assert time.monotonic() < end, "timed out"

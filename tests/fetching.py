@@ -1,4 +1,4 @@
-"""The command fetch_table, run for a test, and a loopback web server that a test gives its answers."""
+"""Run the command fetch_table in tests, with a loopback web server whose responses the test defines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from samples import ROOT, call_script
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+NOWHERE = "http://127.0.0.1:9"  # no server listens there
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -62,7 +62,7 @@ class Fetcher:
         self.folder, self.output, self.capsys = folder, folder / "data" / "table.parquet", capsys
 
     def here(self, config: dict) -> tuple[pa.Table | None, str]:
-        """Run it in this process, which is quick, with kind: files unless the configuration names another."""
+        """Run it in this process, which is fast; the default is `kind: files`."""
         said = ""
         try:
             call_script("fetch_table", self._arguments({"kind": "files"} | config))
@@ -71,7 +71,7 @@ class Fetcher:
         return self._result(not said, said + self.capsys.readouterr().out)
 
     def command(self, config: dict, **environment: str) -> tuple[pa.Table | None, str]:
-        """Run it as a user does, with nothing but loopback in reach."""
+        """Run the command in a new process that can reach only loopback."""
         script = str(ROOT / "workflow/scripts/fetch_table.py")
         env = os.environ | {
             "npm_config_registry": NOWHERE,

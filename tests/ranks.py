@@ -1,4 +1,4 @@
-"""Functions run by several ranks at once: real processes that meet by gloo."""
+"""Run a function on several ranks: processes of one gloo group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRELOAD = [
 
 
 def run_ranks(function: Callable, size: int, *arguments, timeout: float = 120) -> list:
-    """What `function(rank, *arguments)` returns on each of `size` ranks of one process group; it is a test module's.
+    """Return the results of `function(rank, *arguments)`, defined in a test module, on each of `size` ranks.
 
     Raises AssertionError with the traceback of a rank that failed.
     """

@@ -37,7 +37,7 @@ SHARD_SIZES = (17, 5, 19)
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@functools.cache  # its own processes are sent objects of the one module in sys.modules
+@functools.cache  # its processes unpickle objects of the module in sys.modules
 def load_script(name: str):
     """Return a command of workflow/scripts as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "workflow/scripts" / f"{name}.py")
@@ -48,7 +48,7 @@ def load_script(name: str):
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a command of workflow/scripts as a user does, from the repository's root."""
+    """Run a command of workflow/scripts in a new process, from the root of the repository."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "workflow")}
     command = [sys.executable, f"workflow/scripts/{name}.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -57,7 +57,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
 def call_script(name: str, arguments: list[str], replaces: int | None = None) -> None:
     """Run a command of workflow/scripts in this process.
 
-    With `replaces`, kill -9 the process just before it renames the file after so many: random kills seldom fall there.
+    With `replaces`, kill -9 the process after so many renames, just before the next: random kills rarely occur there.
     """
     count = iter(range(10**9))
 
@@ -71,14 +71,14 @@ def call_script(name: str, arguments: list[str], replaces: int | None = None) ->
 
 
 def kill_script(name: str, arguments: list[str], *, after: float | None = None, replaces: int | None = None) -> bool:
-    """Start a command in a new process and kill -9 it `after` seconds, or as `call_script` says.
+    """Start a command in a new process; kill -9 it `after` seconds, or at a rename as in `call_script`.
 
-    Return whether it was killed; False if it ended successfully before.
+    Return whether it was killed; False if it succeeded before.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["sdtrain.config.cli", "sdtrain.data.tables", "tqdm", "PIL.Image"]
-    )  # so that starts are quick
+    )  # so that starts are fast
     process = context.Process(target=call_script, args=(name, arguments, replaces))
     process.start()
     process.join(after)
@@ -89,7 +89,7 @@ def kill_script(name: str, arguments: list[str], *, after: float | None = None, 
 
 
 def make_tokenizer():
-    """Return a CLIP tokenizer, 16 tokens long, whose byte-pair merges spell WORDS and nothing else."""
+    """Return a CLIP tokenizer, 16 tokens long, whose byte-pair merges contain only WORDS."""
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -139,7 +139,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> Path:
-    """Write a tar of (key, {extension: bytes}), as any other tool would write it."""
+    """Write a tar of (key, {extension: bytes}) with the standard library."""
     with tarfile.open(path, "w") as tar:
         for key, fields in samples:
             for extension, data in fields.items():

@@ -1,4 +1,4 @@
-"""A working copy whose only run, `tiny`, is smaller than the demo: from a table of small drawings to a report."""
+"""Make a working copy whose only run, `tiny`, is smaller than the demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from checkout import make_checkout
 from PIL import Image
 
 COLOURS = ("red", "green", "blue", "white", "black")
-IMAGES, LOST = 60, 3  # rows of the table, and how many of them lead nowhere
+IMAGES, LOST = 60, 3  # rows of the table, and how many of their URLs have no image
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 DATA = """
@@ -51,7 +51,7 @@ evaluation:
 
 
 def make_tiny_run(folder: Path, tiny_parts: Path, tiny_unet_params: dict) -> Path:
-    """Make the working copy in `folder`, which must not exist; return it."""
+    """Make the working copy in the new folder `folder`; return it."""
     make_checkout(folder)
     write_images(folder / "images")
     write_clip(folder / "clip", tiny_parts / "tokenizer")
@@ -70,7 +70,7 @@ def make_tiny_run(folder: Path, tiny_parts: Path, tiny_unet_params: dict) -> Pat
 
 
 def write_images(folder: Path) -> None:
-    """A table of URLs and captions, some of which lead nowhere, and the images."""
+    """Write images, and a table of URLs and captions; some URLs have no image."""
     folder.mkdir()
     with open(folder / "table.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -86,7 +86,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_clip(folder: Path, tokenizer: Path) -> None:
-    """An untrained CLIP model: features and scores come from it, though they mean nothing."""
+    """Write an untrained CLIP model, so that features and scores can be computed."""
     from transformers import CLIPConfig, CLIPModel
 
     shutil.copytree(tokenizer, folder)

@@ -1,4 +1,4 @@
-"""Trainings by the real command, or by processes that share one import of torch."""
+"""Run trainings by the command, or in processes that share one import of torch."""
 
 from __future__ import annotations
 
@@ -68,33 +68,33 @@ for line in sys.stdin:
 
 @dataclass
 class Result:
-    """How the processes of one training ended, and all that they said."""
+    """Exit codes and output of the processes of one training."""
 
     codes: list[int]
     text: str
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a process, no GPU, no wandb, nothing from the network; the library on the path."""
+    """Return an environment with one thread per process, no GPU, no wandb, no hub, and the library on the path."""
     fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     return os.environ | fixed | {"PYTHONPATH": str(ROOT / "workflow")} | more
 
 
 @dataclass
 class Trainer:
-    """Runs a script in processes forked from a server that has imported it, one training at a time."""
+    """A server process that has imported a script and forks trainings of it, one at a time."""
 
     server: subprocess.Popen
     log: Path
     pids: list[int] = field(default_factory=list)
 
     def __call__(self, folder: Path, *arguments: str, ranks: int = 1, file_limit: int = 0) -> Result:
-        """Run it in `folder` to its end; no file grows beyond `file_limit` bytes."""
+        """Run a training in `folder` to its end; `file_limit` is the largest size of a file in bytes."""
         self.start(folder, *arguments, ranks=ranks, file_limit=file_limit)
         return self.wait()
 
     def start(self, folder: Path, *arguments: str, ranks: int = 1, file_limit: int = 0) -> None:
-        """Start it; `pids` are those of its ranks."""
+        """Start a training and set `pids`, the process ids of its ranks."""
         self.log.unlink(missing_ok=True)
         job = {"arguments": arguments, "ranks": ranks, "folder": str(folder), "log": str(self.log)}
         with socket.socket() as free:
@@ -105,36 +105,36 @@ class Trainer:
         self.pids = json.loads(self.server.stdout.readline())
 
     def kill(self) -> None:
-        """Kill all ranks with SIGKILL; one that has ended by itself is left out."""
+        """Kill all ranks that still run with SIGKILL."""
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def wait(self) -> Result:
-        """Its end."""
+        """Wait for the end of the training; return its result."""
         return Result(json.loads(self.server.stdout.readline()), self.log.read_text())
 
 
 @contextlib.contextmanager
 def trainer(log: Path, script: str = "train") -> Iterator[Trainer]:
-    """A Trainer of a script whose trainings write to `log`."""
+    """Start a Trainer of a script; its trainings write their output to `log`."""
     command = [sys.executable, "-c", FORKS, str(SCRIPTS), script]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), **pipes) as server:
         yield Trainer(server, log)
 
 
-# ---------------------------------------------------------------- what a training leaves
+# ---------------------------------------------------------------- results of a training
 MEASURED = ("images_per_second", "images_per_second_per_gpu", "data_wait", "memory_gb")
 
 
 def weights(pipeline: Path) -> dict[str, torch.Tensor]:
-    """The UNet's weights in a pipeline folder."""
+    """Return the UNet's weights in a pipeline folder."""
     return load_file(pipeline / "unet/diffusion_pytorch_model.safetensors")
 
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in the newest checkpoint, by its name, such as unet.conv_in.weight."""
+    """Return every tensor in the newest checkpoint by its name, such as unet.conv_in.weight."""
     (folder,) = (run / "checkpoints").iterdir()
     newest = max((path.parent for path in folder.glob("*/.metadata")), key=lambda path: int(path.name))
     index = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
@@ -144,23 +144,23 @@ def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
 
 
 def part(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """One part of a checkpoint: unet, ema, optimizer, progress."""
+    """Return one section of a checkpoint: unet, ema, optimizer or progress."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 def log(run: Path) -> list[dict]:
-    """The log without what depends on the clock."""
+    """Return the log without the values that depend on time and memory."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def losses(run: Path) -> list[float]:
-    """The losses in the log."""
+    """Return the losses in the log."""
     return [line["loss"] for line in log(run) if "loss" in line]
 
 
 def same(a: dict, b: dict, **tolerance) -> bool:
-    """Whether two states hold the same tensors: bit for bit, or within a tolerance."""
+    """Return whether two states have the same tensors: bit for bit, or within a tolerance."""
     if not tolerance:
         return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], **tolerance) for k in a)
@@ -175,7 +175,7 @@ def await_images(run: Path, images: int, deadline: float = 100.0) -> None:
 
 
 def refused(result: Result, *named: str) -> None:
-    """One message, which names all of `named`, and a failure of every process."""
+    """Assert that every process failed, with a single message that contains all of `named`."""
     assert all(code != 0 for code in result.codes), result.text
     assert "Traceback" not in result.text, result.text
     (message,) = [line for line in result.text.splitlines() if line.startswith("error:")]
@@ -183,7 +183,7 @@ def refused(result: Result, *named: str) -> None:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """kill -9 of a launcher and of all that it started."""
+    """Kill -9 a launcher and all processes that it started."""
     if process.poll() is not None:
         return
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

@@ -13,14 +13,14 @@ from trainings import trainer
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """A trainings.Trainer: train(folder, *arguments, ranks=1) runs train.py in `folder` to its end."""
+    """Start a trainings.Trainer: train(folder, *arguments, ranks=1) runs train.py in `folder` to its end."""
     with trainer(tmp_path_factory.mktemp("train") / "log") as run:
         yield run
 
 
 @pytest.fixture(scope="session")
 def stage_values(tiny_parts, image_shards, tiny_unet_params) -> dict:
-    """A stage of 16 images in batches of 2, as the content of its YAML."""
+    """Return the YAML content of a stage of 16 images in batches of 2."""
     parts = {name: {"pretrained": str(tiny_parts)} for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     return {
         "system": {"batch_size": 2, "workers": 0, "threads": 1},
@@ -42,7 +42,7 @@ def stage_values(tiny_parts, image_shards, tiny_unet_params) -> dict:
 
 @pytest.fixture(scope="session")
 def stage_yaml(stage_values, tmp_path_factory) -> str:
-    """The path of that YAML."""
+    """Write the YAML of `stage_values`; return its path."""
     path = tmp_path_factory.mktemp("stage") / "stage.yaml"
     path.write_text(yaml.safe_dump(stage_values))
     return str(path)
@@ -51,7 +51,7 @@ def stage_yaml(stage_values, tmp_path_factory) -> str:
 # ---------------------------------------------------------------- latents with states of the captions
 @pytest.fixture(scope="session")
 def text_parts(tiny_parts, tmp_path_factory) -> Path:
-    """The parts as a component: with a record."""
+    """Return the model components as a component folder with a record."""
     from sdtrain.io.files import write_json
 
     folder = shutil.copytree(tiny_parts, tmp_path_factory.mktemp("components") / "parts")
@@ -61,7 +61,7 @@ def text_parts(tiny_parts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def latents(text_parts, image_shards, tmp_path_factory) -> dict[str, Path]:
-    """Manifests of the same latents: online (captions only), cached (their states too), permuted (other captions)."""
+    """Return manifests of equal latents: online (captions), cached (text states too), permuted (other captions)."""
     from sdtrain.config import schema_data
     from sdtrain.config.load import load_config
     from sdtrain.data import tars

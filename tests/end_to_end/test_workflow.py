@@ -1,4 +1,4 @@
-"""A whole run, smaller than the demo, by the real command: killed in the middle of training, called again, finished."""
+"""Tests of a complete run, smaller than the demo, by the command: killed during training, then run again."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tiny_run import IMAGES, LOST, make_tiny_run
 from trainings import environment, kill_all
 
 RUN = Path("results/runs/tiny")
-pytestmark = pytest.mark.timeout(900)  # the first test of a run waits for it, on a busy machine too
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole run, possibly on a busy machine
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, tiny_parts, tiny_unet_params) -> Path:
     """Return a working copy whose only run is `tiny`."""
     folder = make_tiny_run(tmp_path_factory.mktemp("workflow") / "checkout", tiny_parts, tiny_unet_params)
-    set_key(folder, "tiny.yaml", "system/batch_size", 4)  # one rank takes as many images per step as two of 2
+    set_key(folder, "tiny.yaml", "system/batch_size", 4)  # as many images per step as two ranks with 2 each
     set_key(folder, "data/tiny.yaml", "shards/parts", 1)
     return folder
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.Popen:
-    """Start the workflow with the user's command, on one rank; all it prints is in `output`."""
+    """Start the workflow with the user's command, on one rank; write its output to the file `output`."""
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--set-resources"]
     command += ["train:tasks_per_node=1", "--config", "run=tiny", *arguments]
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -41,7 +41,7 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def finished(checkout) -> Path:
-    """The run, killed with all its processes once stage 1 has left a checkpoint, then finished by the same command."""
+    """Kill the run with all processes after stage 1 wrote a checkpoint, then finish it with the same command."""
     first, deadline = snakemake(checkout), time.monotonic() + 300
     try:
         while not list(checkout.glob(f"{RUN}/stage1/checkpoints/*/[1-9]*/.metadata")):
@@ -70,7 +70,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(finished):
     assert images % 20 == 0 and 0 < images < 400
     entries = [json.loads(line) for line in (finished / RUN / "stage1/log.jsonl").read_text().splitlines()]
     assert [entry["images"] for entry in entries] == list(range(20, 401, 20))
-    assert "build_shards" not in (finished / "output").read_text()  # what was done before the kill stays done
+    assert "build_shards" not in (finished / "output").read_text()  # no finished step is repeated
 
 
 def test_second_invocation_has_nothing_to_do(finished):

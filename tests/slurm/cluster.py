@@ -1,4 +1,4 @@
-"""The test cluster as its users see it: working copies, calls of Snakemake that submit jobs, tables of these jobs."""
+"""Use the test cluster: working copies, Snakemake invocations that submit jobs, and tables of these jobs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from trainings import environment, kill_all
 
 from sdtrain.orchestration import slurm
 
-FILES = Path("/var/tmp/sd-training-slurm")  # cluster.sh's
+FILES = Path("/var/tmp/sd-training-slurm")  # $DIR of cluster.sh
 NODES = 16
 POLLING = [sys.executable, str(Path(__file__).with_name("fast_snakemake.py"))]
-TO_THE_LETTER = ["snakemake"]
+UNCHANGED = ["snakemake"]
 
 
 def command(*words: str | Path, folder: Path | None = None, check: bool = True) -> str:
-    """What a command prints; it must succeed."""
+    """Run a command and return its output. Assert that it succeeds, unless `check` is false."""
     done = subprocess.run(
         [*map(str, words)], cwd=folder, env=surroundings(), text=True, capture_output=True, timeout=60
     )
@@ -36,13 +36,13 @@ def command(*words: str | Path, folder: Path | None = None, check: bool = True) 
 
 
 def surroundings(first: Path | None = None) -> dict[str, str]:
-    """The environment of a user: the project's tools first, or those of a folder before them; no network."""
+    """Return the environment of a user, without network: the project's tools come first on the path, after `first`."""
     tools = os.pathsep.join(map(str, [*([first] if first else []), Path(sys.executable).parent, os.environ["PATH"]]))
     return environment(PATH=tools, WANDB_MODE="offline")
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 120, said: Callable[[], str] = str):
-    """Ask until the answer is true, and return it; after so many seconds fail with what was said."""
+    """Wait until the condition is true and return its value. Fail after `seconds`, with the output `said()`."""
     end = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < end, f"waited {seconds} s for {what}\n{said()}"
@@ -50,26 +50,26 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120, s
     return answer
 
 
-# ---------------------------------------------------------------- calls of Snakemake
+# ---------------------------------------------------------------- Snakemake invocations
 @dataclass
 class Call:
-    """A call of Snakemake that runs, or has ended."""
+    """A Snakemake invocation that runs or has ended."""
 
     folder: Path
     process: subprocess.Popen
     output: Path
 
     def said(self) -> str:
-        """All that it has printed."""
+        """Return its output so far."""
         return self.output.read_text(errors="replace")
 
     def succeeds(self, seconds: float = 280) -> str:
-        """Wait for its end, which must be a good one; returns what it said."""
+        """Wait for its end and assert success; return its output."""
         assert self.ends(seconds) == 0, self.said()
         return self.said()
 
     def ends(self, seconds: float = 280) -> int:
-        """Wait for its end; returns its exit code."""
+        """Wait for its end; return its exit code."""
         wait_for(lambda: self.process.poll() is not None, f"the end of {self.process.args}", seconds, self.said)
         return self.process.returncode
 
@@ -78,7 +78,7 @@ class Call:
 def snakemake(
     folder: Path, *arguments: str, program: list[str] = POLLING, profile: str = "slurm", first: Path | None = None
 ) -> Iterator[Call]:
-    """Call `snakemake --profile slurm ARGUMENTS` in a folder; what is left of it at the end of the context is ended."""
+    """Run `snakemake --profile slurm ARGUMENTS` in a folder; at the end of the context, kill its processes and jobs."""
     output = folder / f"output-{time.monotonic_ns()}.txt"
     with open(output, "w") as file:
         words = [*program, "--profile", profile, *arguments]
@@ -94,7 +94,7 @@ def snakemake(
 # ---------------------------------------------------------------- jobs
 @dataclass(frozen=True)
 class Ended:
-    """A job that has ended, as the controller's table tells it."""
+    """A job that has ended, as recorded in the controller's table."""
 
     id: str
     state: str
@@ -105,7 +105,7 @@ class Ended:
 
 
 def ended(folder: Path, rule: str = "") -> list[Ended]:
-    """The jobs that were submitted from a folder, or those of one rule, in the order of their numbers."""
+    """Return the ended jobs of a folder, or those of one rule, in the order of their numbers."""
     logs = {path.stem for path in folder.glob(f".snakemake/slurm_logs/*_{rule}/**/*.log")} if rule else set()
     rows = []
     for line in (FILES / "log/jobs.txt").read_text().splitlines():
@@ -117,34 +117,34 @@ def ended(folder: Path, rule: str = "") -> list[Ended]:
 
 
 def overlap(a: Ended, b: Ended) -> float:
-    """Seconds in which both ran."""
+    """Return the seconds in which both jobs ran."""
     return (min(a.end, b.end) - max(a.start, b.start)).total_seconds()
 
 
 def running(folder: Path, run: str, rule: str = "train") -> list[slurm.Job]:
-    """The jobs of one rule and run that have not ended."""
+    """Return the jobs of one rule and run that have not ended."""
     return [job for job in slurm.jobs(folder) if job.rule == rule and f"{run}_" in job.wildcards]
 
 
-def at_once(job: str) -> None:
-    """SLURM lets a job that went back into the queue wait for two minutes; this one starts when it can."""
+def start_now(job: str) -> None:
+    """Let a requeued job start without the two minutes that SLURM holds it."""
     wait_for(lambda: state(job) == "PENDING", f"job {job} back in the queue", 60, lambda: state(job))
-    time.sleep(3)  # a node refuses a job that it has ended in the same second
+    time.sleep(3)  # a node refuses a job that ended on it in the same second
     command("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 def state(job: str) -> str:
-    """A job's state, or nothing once SLURM has forgotten it."""
+    """Return the state of a job, or an empty text if SLURM no longer knows it."""
     return command("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}", check=False).strip()
 
 
 def nodes_of(job: str) -> str:
-    """The nodes of a job that runs, as SLURM writes them: n[1-2]."""
+    """Return the nodes of a running job in SLURM's notation: n[1-2]."""
     return command("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
 
 
 def log_of(folder: Path, rule: str) -> str:
-    """All that the jobs of one rule have written into their SLURM logs."""
+    """Return the joined SLURM logs of the jobs of one rule."""
     logs = sorted(folder.glob(f".snakemake/slurm_logs/*_{rule}/**/*.log"), key=lambda path: int(path.stem))
     return "".join(path.read_text(errors="replace") for path in logs)
 
@@ -156,8 +156,8 @@ def start_node(name: str) -> None:
 
 
 @contextmanager
-def occupied(*options: str) -> Iterator[str]:
-    """A job of somebody more important, who takes whole nodes until the end of the context; yields its number."""
+def urgent_job(*options: str) -> Iterator[str]:
+    """Run a job of higher priority on whole nodes until the end of the context; yield its number."""
     words = ["sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", *options]
     job = command(*words, "--wrap", "sleep 600", folder=FILES).split()[-1]
     try:
@@ -169,13 +169,13 @@ def occupied(*options: str) -> Iterator[str]:
 
 # ---------------------------------------------------------------- working copies
 def executable(path: Path, text: str) -> None:
-    """Write a command."""
+    """Write an executable file."""
     path.write_text(text)
     path.chmod(0o755)
 
 
 def own_profile(folder: Path) -> None:
-    """Give a working copy a profile of its own: the shipped one, with the training made to fit the test cluster."""
+    """Give a working copy its own profile: the shipped one, with resources that fit the test cluster."""
     (folder / "profiles").unlink()
     (folder / "slurm").unlink()
     shutil.copytree(ROOT / "profiles", folder / "profiles")
@@ -201,6 +201,6 @@ def edit_resources(folder: Path, profile: str = "slurm", **rules: dict) -> None:
 
 
 def copy_profile(folder: Path, name: str, of: Path | None = None) -> str:
-    """`cp -r profiles/slurm profiles/NAME`, or of another profile; returns what to call it by."""
+    """Copy `profiles/slurm`, or the profile `of`, to `profiles/NAME`; return that path."""
     shutil.copytree(of or folder / "profiles/slurm", folder / "profiles" / name)
     return f"profiles/{name}"

@@ -1,4 +1,4 @@
-"""A working copy whose data are there already, on the test cluster that `make test-slurm` brings up."""
+"""Fixtures of the SLURM tests: a working copy with data, on the test cluster that `make test-slurm` starts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tiny_run import make_tiny_run
 from trainings import SCRIPTS, TORCHRUN, last_checkpoint, log, same, weights
 
 HERE = Path(__file__).parent
-STEPS = 60  # of a training of `run`, each of 8 images: 2 nodes x 2 ranks x 2
+STEPS = 60  # of a training that `write_run` describes, each of 8 images: 2 nodes x 2 ranks x 2
 
 
 def why_not() -> str | None:
-    """Why there is no test cluster; None where there is one."""
+    """Return why there is no test cluster, or None if there is one."""
     if missing := [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(tool)]:
         return f"{', '.join(missing)} not installed (packages munge, slurmctld, slurmd, slurm-client)"
     if not (FILES / "pids").exists():
-        return "no test cluster: as root, `make test-slurm` brings one up"
+        return "no test cluster; run as root: make test-slurm"
     ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
     return None if "is UP" in ping.stdout else f"the test cluster is down: {ping.stdout}{ping.stderr}"
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Skip these tests where there is no cluster, or fail where there must be one."""
+    """Skip these tests if there is no cluster; fail if SLURM_TESTS=required."""
     own = [item for item in items if HERE in item.path.parents]
     if not own or not (reason := why_not()):
         return
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session")
 def ready(tmp_path_factory, tiny_parts, tiny_unet_params, image_shards) -> Path:
-    """A working copy with components and shards, in which runs that `write_run` writes need only be trained."""
+    """Return a working copy with components and shards, so that runs of `write_run` only need training."""
     folder = make_tiny_run(tmp_path_factory.mktemp("ready") / "checkout", tiny_parts, tiny_unet_params)
     own_profile(folder)
     shutil.copytree(image_shards, folder / "shards")
@@ -54,7 +54,7 @@ def ready(tmp_path_factory, tiny_parts, tiny_unet_params, image_shards) -> Path:
 
 
 def write_run(folder: Path, name: str, steps: int = STEPS, **experiment) -> None:
-    """A run of one stage of so many steps of 8 images: the same learning under every name."""
+    """Write a run with one stage of `steps` steps of 8 images; runs of different names train identically."""
     tiny = yaml.safe_load((folder / "configs/tiny.yaml").read_text())
     experiment = {"num_examples_to_see": 8 * steps, "save_every": 5, "log_every": 1, **experiment}
     stage = {"experiment": experiment, "dataset": {"params": {"resolution": 32, "flip": True}}}
@@ -63,12 +63,12 @@ def write_run(folder: Path, name: str, steps: int = STEPS, **experiment) -> None
 
 
 def stage_folder(folder: Path, run: str) -> Path:
-    """Where a run's only stage lies."""
+    """Return the folder of the run's only stage."""
     return folder / "results/runs" / run / "stage1"
 
 
 def frozen(folder: Path, run: str) -> str:
-    """The configuration of a run's stage as the workflow freezes it; returns its path in the working copy."""
+    """Let the workflow freeze the configuration of a run's stage; return its path in the working copy."""
     path = str((stage_folder(folder, run) / "config/train.yaml").relative_to(folder))
     with snakemake(folder, "--config", f"run={run}", "--", path, profile="profiles/local") as call:
         call.succeeds()
@@ -76,7 +76,7 @@ def frozen(folder: Path, run: str) -> str:
 
 
 def torchrun(folder: Path, run: str) -> Path:
-    """Train a run by torchrun, on this machine and without the workflow; returns its stage's folder."""
+    """Train a run with torchrun, on this machine and without the workflow; return the folder of its stage."""
     words = [*TORCHRUN[:-1], "4", str(SCRIPTS / "train.py"), f"config={frozen(folder, run)}"]
     done = subprocess.run(words, cwd=folder, env=surroundings(), text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,19 +85,19 @@ def torchrun(folder: Path, run: str) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(ready) -> Path:
-    """The stage's folder after a training by torchrun, with nothing in its way."""
+    """Return the stage folder of an uninterrupted training with torchrun."""
     write_run(ready, "undisturbed")
     return torchrun(ready, "undisturbed")
 
 
 def saved(folder: Path, run: str) -> int:
-    """Images seen at the newest checkpoint that is whole; 0 where there is none."""
+    """Return the images seen at the newest complete checkpoint, or 0 if there is none."""
     found = stage_folder(folder, run).glob("checkpoints/*/[1-9]*/.metadata")
     return max((int(path.parent.name) for path in found), default=0)
 
 
-def as_if_nothing_had_happened(folder: Path, run: str, undisturbed: Path) -> None:
-    """Four ranks, and the same weights, average, moments, counts, log and exported pipeline."""
+def assert_identical(folder: Path, run: str, undisturbed: Path) -> None:
+    """Assert four ranks and identical weights, EMA, optimizer state, counts, log and exported pipeline."""
     stage = stage_folder(folder, run)
     assert json.loads((stage / f"{8 * STEPS}/train.json").read_text())["world_size"] == 4
     assert same(last_checkpoint(stage), last_checkpoint(undisturbed))

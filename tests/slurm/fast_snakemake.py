@@ -1,4 +1,4 @@
-"""Snakemake's command line, asking for the state of jobs every second: the plugin would wait up to three minutes."""
+"""Snakemake's command line that queries job states every second; the plugin would wait up to three minutes."""
 
 import snakemake_interface_executor_plugins.executors.remote as remote
 

@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster ends with a message that names the rule, the job and its log."""
+"""Tests of failures on a cluster: the message names the rule, the job and its log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @contextmanager
 def training(folder: Path, name: str, first: Path | None = None, steps: int = STEPS, **resources) -> Iterator[Call]:
-    """Train a run with other resources of the rule."""
+    """Train a run with other resources of the rule train."""
     write_run(folder, name, steps)
     edit_resources(folder, profile := copy_profile(folder, name), train=resources)
     words = ("--config", f"run={name}", "--retries", "0", "--", "stages")
@@ -28,7 +28,7 @@ def training(folder: Path, name: str, first: Path | None = None, steps: int = ST
 
 
 def names_rule_job_and_log(said: str) -> str:
-    """Returns what its log holds."""
+    """Assert that the output names rule, job and log; return the text of the log."""
     assert "Error in rule train:" in said
     job = re.search(r"external_jobid: (\d+)", said)[1]
     assert f"SLURM-job '{job}' failed" in said
@@ -36,7 +36,7 @@ def names_rule_job_and_log(said: str) -> str:
 
 
 def test_jobs_refused_by_sbatch_name_the_reason(ready):
-    """One invocation; each run asks for something that the cluster does not have."""
+    """Plan three runs in one invocation; each requests something that the cluster does not have."""
     partition, constraint = {"none": "nowhere", "closed": "lab", "feature": "gpu"}, {"feature": "unheard-of"}
     for run in partition:
         write_run(ready, f"refused-{run}")
@@ -78,7 +78,7 @@ def test_exceeded_time_limit_is_named(ready):
 
 
 def test_environment_missing_on_a_node_is_named(ready):
-    tools = FILES / "private/bin"  # which the last node does not see
+    tools = FILES / "private/bin"  # the last node does not see this folder
     tools.mkdir(exist_ok=True)
     executable(tools / "python", f'#!/bin/bash\nexec {shutil.which("python")} "$@"\n')
     with training(ready, "nowhere", first=tools, slurm_extra=f"'--nodelist=n1,n{NODES}'") as call:
@@ -86,10 +86,10 @@ def test_environment_missing_on_a_node_is_named(ready):
     assert f"n{NODES}: {tools}/python is not on this node" in names_rule_job_and_log(call.said())
 
 
-# ---------------------------------------------------------------- files that are seen late
+# ---------------------------------------------------------------- files that appear late
 @contextmanager
 def lagging(folder: Path, seconds: float) -> Iterator[None]:
-    """A folder that the last node and all others see alike, but what one of them writes the other sees later."""
+    """Share a folder between the last node and all others with a delay of `seconds`."""
     (slurmd,) = command("pgrep", "-f", f"slurmd -D -N n{NODES}$").split()
     sides = folder, Path(f"/proc/{slurmd}/root{folder}")
     for side in sides:

@@ -1,4 +1,4 @@
-"""The main use, to the letter: `snakemake --profile slurm`, from a table to a report; and a fan-out of many jobs."""
+"""Tests of `snakemake --profile slurm`, unchanged, from a table to a report; and of many grouped jobs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from cluster import TO_THE_LETTER, edit_profile, ended, overlap, own_profile, snakemake
+from cluster import UNCHANGED, edit_profile, ended, overlap, own_profile, snakemake
 from samples import make_sample, write_tar
 from tiny_run import make_tiny_run
 
@@ -17,14 +17,14 @@ LOCAL = {"all", "freeze", "download_component", "gather_shards", "report"}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_parts, tiny_unet_params):
-    """A working copy whose default run has come from its table to its report, and what Snakemake said."""
+    """Run a working copy's default run from table to report; return the folder and Snakemake's output."""
     folder = make_tiny_run(tmp_path_factory.mktemp("run") / "checkout", tiny_parts, tiny_unet_params)
     own_profile(folder)
     edit_profile(folder, **{"slurm-init-seconds-before-status-checks": 5})
     stages = (folder / "configs/tiny.yaml").read_text()
     stages = stages.replace("{num_examples_to_see: 400}", "{num_examples_to_see: 400, milestones: [200]}")
     (folder / "configs/demo.yaml").write_text(stages)
-    with snakemake(folder, program=TO_THE_LETTER) as call:
+    with snakemake(folder, program=UNCHANGED) as call:
         return folder, call.succeeds(800)
 
 
@@ -55,7 +55,7 @@ def test_a_milestone_is_measured_while_the_next_one_trains(finished):
 
 def test_second_invocation_has_nothing_to_do(finished):
     folder, _ = finished
-    with snakemake(folder, program=TO_THE_LETTER) as call:
+    with snakemake(folder, program=UNCHANGED) as call:
         assert "Nothing to be done" in call.succeeds(60)
 
 
@@ -85,4 +85,4 @@ def test_jobs_are_grouped_and_their_number_is_limited(finished):
     assert max(sum(b.start <= a.start < b.end for b in jobs) for a in jobs) == IN_FLIGHT
     submitted = sorted(row.submitted for row in jobs)
     pauses = [(b - a).total_seconds() for a, b in zip(submitted, submitted[1:], strict=False)]
-    assert min(pauses) >= 2  # the table counts whole seconds
+    assert min(pauses) >= 2  # the table has whole seconds

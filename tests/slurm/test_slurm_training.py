@@ -1,4 +1,4 @@
-"""Training as one job of several nodes: its shape, its ranks, and what it learns."""
+"""Tests of a training as one job of several nodes: its shape, its ranks and its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import yaml
 from checkout import ROOT
 from cluster import (
     NODES,
-    at_once,
     command,
     copy_profile,
     edit_resources,
@@ -20,10 +19,11 @@ from cluster import (
     running,
     slurm,
     snakemake,
+    start_now,
     state,
     wait_for,
 )
-from conftest import as_if_nothing_had_happened, frozen, saved, stage_folder, write_run
+from conftest import assert_identical, frozen, saved, stage_folder, write_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -33,7 +33,7 @@ def status(folder: Path, run: str) -> str:
 
 
 def test_two_nodes_give_the_same_training_as_torchrun(ready, undisturbed):
-    """Meanwhile `make status` shows the job, while it waits and while it runs."""
+    """Check also that `make status` shows the job while it waits and while it runs."""
     write_run(ready, "plain")
     with snakemake(ready, "--config", "run=plain", "--", "stages") as call:
         (job,) = wait_for(lambda: running(ready, "plain"), "the job to be submitted", 60, call.said)
@@ -45,19 +45,19 @@ def test_two_nodes_give_the_same_training_as_torchrun(ready, undisturbed):
         assert "RUNNING" in shown and str(job.log.relative_to(ready)) in shown and "training" in shown
         call.succeeds()
     assert "480 of 480 images" in status(ready, "plain")
-    as_if_nothing_had_happened(ready, "plain", undisturbed)
+    assert_identical(ready, "plain", undisturbed)
     assert ended(ready, "train")[-1].nodes == 2
 
 
 def test_torchrun_under_slurm_gives_the_same_training(ready, undisturbed):
-    """As docs/slurm.md writes it: one task a node, the rest of the job as it is."""
+    """Use the lines of docs/slurm.md: one task per node, the rest of the job unchanged."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.DOTALL)
     (values,) = [yaml.safe_load(block) for block in blocks if "torch.distributed.run" in block]
     write_run(ready, "elastic")
     edit_resources(ready, profile := copy_profile(ready, "elastic"), train=values)
     with snakemake(ready, "--config", "run=elastic", "--", "stages", profile=profile) as call:
         call.succeeds()
-    as_if_nothing_had_happened(ready, "elastic", undisturbed)
+    assert_identical(ready, "elastic", undisturbed)
 
 
 def test_sbatch_script_resumes_after_a_requeue_with_identical_weights(ready, undisturbed):
@@ -70,10 +70,10 @@ def test_sbatch_script_resumes_after_a_requeue_with_identical_weights(ready, und
     said = lambda: log_file.read_text() if log_file.exists() else state(job)  # noqa: E731
     wait_for(lambda: saved(ready, "script"), "a checkpoint", 120, said)
     command("scontrol", "requeue", job)
-    at_once(job)
+    start_now(job)
     wait_for(lambda: state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "its end", 200, said)
     assert state(job) == "COMPLETED" and "resumed at" in said(), said()
-    as_if_nothing_had_happened(ready, "script", undisturbed)
+    assert_identical(ready, "script", undisturbed)
 
 
 # ---------------------------------------------------------------- the shape of the job
@@ -88,7 +88,7 @@ exec {sbatch} "$@"
 
 
 def test_shipped_profile_starts_sixteen_nodes_of_eight_ranks(ready, tmp_path, monkeypatch):
-    """As it is, but for what each rank runs; and what sbatch was given."""
+    """Use the shipped profile, except for the program of each rank; check also the options of sbatch."""
     write_run(ready, "large")
     profile = copy_profile(ready, "large", of=ROOT / "profiles/slurm")
     executable(probe := tmp_path / "probe.sh", PROBE)
@@ -113,7 +113,7 @@ def test_shipped_profile_starts_sixteen_nodes_of_eight_ranks(ready, tmp_path, mo
     assert {row[2] for row in rows} == {"128"} and {row[4] for row in rows} == {"6"}
     assert Counter(row[3] for row in rows) == {f"n{n}": 8 for n in range(1, NODES + 1)}
     assert {row[5] for row in rows} == {"0,1,2,3,4,5,6,7"}
-    assert Counter(row[1] for row in rows) == {str(n): 16 for n in range(8)}  # a rank's own GPU
+    assert Counter(row[1] for row in rows) == {str(n): 16 for n in range(8)}  # a separate GPU for each rank of a node
 
 
 def shipped_launch() -> str:
@@ -125,8 +125,8 @@ def shipped_launch() -> str:
 @pytest.mark.parametrize(
     ("train", "came"),
     [
-        ({"launch": "'srun profiles/slurm/rank.sh $(command -v python)'"}, 2),  # the counts are not repeated
-        ({"launch": "'profiles/slurm/rank.sh $(command -v python)'"}, 1),  # no srun
+        ({"launch": "'srun profiles/slurm/rank.sh $(command -v python)'"}, 2),  # without the counts
+        ({"launch": "'profiles/slurm/rank.sh $(command -v python)'"}, 1),  # without srun
     ],
 )
 def test_unplanned_number_of_ranks_is_refused(ready, train, came):
@@ -139,7 +139,7 @@ def test_unplanned_number_of_ranks_is_refused(ready, train, came):
 
 
 def test_set_resources_that_replace_the_profile_are_refused(ready):
-    """A key on the command line takes the place of the profile's whole key: all other resources are gone."""
+    """A key on the command line replaces the whole key of the profile, so all other resources are missing."""
     write_run(ready, "bare")
     with snakemake(ready, "--config", "run=bare", "--set-resources", "train:nodes=4", "--", "stages") as call:
         assert call.ends() == 1

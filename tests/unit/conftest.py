@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def server():
-    """Serve images, good and bad, on loopback; see tests/downloads.py."""
+    """Serve valid and faulty images on loopback; see tests/downloads.py."""
     with downloads.serve() as server:
         yield server
 
@@ -28,7 +28,7 @@ def work(tmp_path, server):
 
 @pytest.fixture
 def web():
-    """Serve on loopback what the test puts into `web.routes`."""
+    """Serve the content of `web.routes`, which a test fills, on loopback."""
     with fetching.serve_routes() as server:
         yield server
 

@@ -1,4 +1,4 @@
-"""Rank and world from torchrun, SLURM or neither; real processes for what they do together."""
+"""Tests of rank and world size from torchrun, SLURM or neither, and of collectives between real processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_world_is_read_from_the_launcher_variables(environ, expected):
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """Write a command of that name; SLURM's own, where it is installed, is out of the way."""
+    """Return a function that writes a fake scontrol, which replaces an installed one."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
     def write(body: str):
@@ -103,14 +103,14 @@ def test_one_process_needs_no_process_group(alone):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nccl works here")
 def test_nccl_without_cuda_names_the_key_to_set(alone):
-    assert distributed.start("nccl")[0].size == 1  # no backend for one process: open-diffusion files run on a laptop
+    assert distributed.start("nccl")[0].size == 1  # one process needs no backend
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         alone.setenv(name, value)
     with pytest.raises(DistError, match="nccl needs CUDA, which is not available; set distributed.dist_backend=gloo"):
         distributed.start("nccl")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of gloo")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects the gloo backend")
 def test_failed_rendezvous_names_backend_and_address(alone):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         alone.setenv(name, value)
@@ -133,7 +133,7 @@ def test_collectives_of_two_ranks():
 
 
 def meet(rank: int, system) -> list[float]:
-    """Leave the group and meet again where a `system` section says."""
+    """Leave the group and start it again with the settings of a `system` section."""
     distributed.stop()
     distributed.start(system.dist_backend, system.dist_url, timeout_minutes=0.5)
     return distributed.all_reduce_sum(torch.tensor([1.0, float(rank)])).tolist()
@@ -146,8 +146,8 @@ def test_dist_url_sets_the_rendezvous(tmp_path):
 
 
 def lose(rank: int, dead: int, folder) -> list[int]:
-    """One rank dies; the others come to an exchange that fails, and ask who is silent."""
-    distributed.barrier()  # all have met
+    """Kill one rank; the others call a collective, which fails, and determine the silent ranks."""
+    distributed.barrier()  # all ranks have joined
     if rank == dead:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -191,7 +191,7 @@ def test_indivisible_global_batch_is_refused_with_a_valid_value():
         parallel.batch_sizes(system(batch_size=8, global_batch=50), 2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_auto_batch_size_needs_a_gpu():
     with pytest.raises(DistError, match="system.batch_size: auto measures what fits a GPU, and there is none"):
         parallel.batch_sizes(system(batch_size="auto", global_batch=64), 2)

@@ -1,4 +1,4 @@
-"""The environments: pins agree everywhere, locks are whole and name no host, `make` says what it lacks."""
+"""Tests of the environments: consistent pins, complete locks without hosts, and error messages of `make`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LOCKS = ("env", "img2dataset", "npm", "uv")
 
 
 def requirements(path: Path) -> list[Requirement]:
-    """The requirements of a file in pip's format, without comments, line ends and hashes."""
+    """Return the requirements of a file in pip's format, without comments and hashes."""
     lines = (re.split(r"\s#|^#| \\$", line)[0].strip() for line in path.read_text().splitlines())
     return [Requirement(line) for line in lines if line and not line.startswith("--hash")]
 
 
 def pins(*paths: Path) -> dict[str, str]:
-    """{name: version} of the exact pins in the files; the first file that names a package decides."""
+    """Return {name: version} of the exact pins in the files; the first file with a package takes precedence."""
     found: dict[str, str] = {}
     for path in paths:
         for requirement in requirements(path):
@@ -40,12 +40,12 @@ def pins(*paths: Path) -> dict[str, str]:
 
 
 def direct_pins() -> dict[str, str]:
-    """Direct dependencies of `.venv`."""
+    """Return the direct dependencies of `.venv`."""
     return pins(REQUIREMENTS / "env.in", REQUIREMENTS / "torch.txt")
 
 
 def conda_pins(name: str) -> dict[str, str]:
-    """The pip pins of `envs/{name}.yaml`."""
+    """Return the pip pins of `envs/{name}.yaml`."""
     (pip,) = [d["pip"] for d in conda(name)["dependencies"] if isinstance(d, dict)]
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in map(Requirement, pip)}
 
@@ -107,7 +107,7 @@ def test_conda_environments_together_have_every_direct_dependency():
 
 
 def third_party_imports(path: Path) -> set[str]:
-    """Top-level names of the absolute imports of a source file, less the standard library's and the project's own."""
+    """Return the top-level names of a file's imports, without the standard library and the project."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -151,7 +151,7 @@ def test_project_metadata_agrees_with_make():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The Makefile and the requirements in a folder without environments."""
+    """Copy the Makefile and the requirements into a folder without environments."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(REQUIREMENTS, tmp_path / "requirements")
@@ -159,7 +159,7 @@ def checkout(tmp_path):
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run make as from a fresh shell, even where the tests themselves run under make."""
+    """Run make as in a new shell, even if the tests themselves run under make."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     command = ["make", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=30)

@@ -1,4 +1,4 @@
-"""Wings of the library import only wings before them, planning imports no torch, scripts import no scripts."""
+"""Tests that wings import only wings before them, planning imports no torch, and scripts import no scripts."""
 
 import ast
 import subprocess
@@ -89,7 +89,7 @@ def test_there_is_no_import_cycle():
 @pytest.mark.parametrize("file", [*(WORKFLOW / "sdtrain").glob("*/__init__.py")], ids=lambda file: file.parent.name)
 def test_every_wing_documents_its_imports(file):
     assert "Imports" in ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-    assert not imports(file), "an __init__ imports nothing: what is imported is seen where it is used"
+    assert not imports(file), "an __init__ imports nothing: imports stand in the modules that use them"
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)

@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING describe the repository as it is: the tree, the wings, and where things are."""
+"""Tests that README, CONTRIBUTING and docs/slurm.md match the repository: tree, rules, runs, locations, messages."""
 
 import ast
 import re
@@ -93,7 +93,7 @@ def test_source_paths_named_in_a_page_exist(page):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-QUOTED = (  # our own messages that docs/slurm.md explains
+QUOTED = (  # messages of this project that docs/slurm.md explains
     *("waiting for SLURM jobs of an earlier invocation", "saved ahead of the time limit", "has no launch line"),
     *("the checkpoint before it is untouched", "another process is training here", "is not on this node"),
     *("ranks were planned", "is not a multiple of", "has lost rank", "which died or hangs", "no progress for"),

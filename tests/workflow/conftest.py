@@ -11,11 +11,11 @@ from checkout import Plan, make_checkout, snakemake
 
 @pytest.fixture
 def plan() -> Callable[..., Plan]:
-    """plan(tree, *arguments): a dry-run with the local profile."""
+    """Return plan(tree, *arguments), a dry run with the local profile."""
     return lambda tree, *arguments: snakemake(tree, "--profile", "profiles/local", "--dry-run", *arguments)
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A working copy without results."""
+    """Make a working copy without results."""
     return make_checkout(tmp_path / "checkout")

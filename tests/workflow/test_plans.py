@@ -1,4 +1,4 @@
-"""Every configuration plans with every profile, offline, before anything is there; a mistake ends with one message."""
+"""Tests that every run plans with every profile, offline and without results, and that errors give one message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROFILES = ("profiles/local", "slurm")
 
 
 def trained(plan) -> dict[str, list[int]]:
-    """Milestones by stage."""
+    """Return the planned milestones by stage."""
     found = {}
     for job in plan.of("train"):
         found.setdefault(job["wildcards"]["stage"], []).append(int(job["wildcards"]["images"]))
@@ -24,7 +24,7 @@ def trained(plan) -> dict[str, list[int]]:
 
 
 def written(tree) -> list[str]:
-    """What planning left behind, but Snakemake's own notes."""
+    """Return the files that planning wrote, without those of Snakemake itself."""
     found = [p for name in ("results", "logs", "resources/components") for p in (tree / name).rglob("*")]
     return sorted(str(p.relative_to(tree)) for p in found)
 
@@ -35,7 +35,7 @@ def test_documented_runs_exist():
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """Return a function that plans a whole run with a profile, once; the network is out of reach and nothing exists."""
+    """Return a function that plans a whole run with a profile, once, without network and without results."""
     tree = make_checkout(tmp_path_factory.mktemp("planned") / "checkout")
 
     @functools.cache
@@ -101,7 +101,7 @@ def test_sd_v2_base_plans_the_full_experiment(planned):
     assert "resources/components/clip-vit-b32.json" in measured["clip_score"]["input"]
     assert "fit_alignment" not in real.rules
     by_split = {split: {int(j["wildcards"]["part"]) for j in jobs} for split, jobs in grouped(real, "build_shards")}
-    assert by_split == {"train": set(range(64)), "held_out": {0}}  # all jobs are known before anything runs
+    assert by_split == {"train": set(range(64)), "held_out": {0}}  # all jobs are known before the first one runs
     assert {len(job["input"]) for job in real.of("gather_shards")} == {1, 64}
 
 
@@ -117,10 +117,10 @@ def test_existing_shards_with_filters_are_resharded(checkout, plan):
     assert sorted(list(job["output"]) for job in chosen.of("reshard")) == [
         [f"results/data/big/train/resharded/{part}-of-3.json"] for part in range(3)
     ]
-    source = "results/data/emoji/train/shards/manifest.json"  # made by this workflow, so made first
+    source = "results/data/emoji/train/shards/manifest.json"  # this workflow makes it, so it is made first
     assert all(source in job["input"] for job in chosen.of("reshard"))
     held_out = plan(checkout, "--", "results/data/big/held_out/shards/manifest.json")
-    assert len(held_out.of("reshard")) == 3  # any source shard may hold some of them
+    assert len(held_out.of("reshard")) == 3  # any source shard may contain held-out samples
 
 
 def test_yields_of_existing_shards_come_from_their_manifest(checkout, plan):
@@ -139,7 +139,7 @@ select:
 
 
 def grouped(plan, rule: str) -> list[tuple[str, list[dict]]]:
-    """The jobs of a rule by split."""
+    """Return the jobs of a rule by split."""
     jobs = plan.of(rule)
     splits = sorted({job["wildcards"]["split"] for job in jobs})
     return [(split, [job for job in jobs if job["wildcards"]["split"] == split]) for split in splits]
@@ -151,7 +151,7 @@ def test_yields_and_verify_are_separate_targets(checkout, plan):
     verify = plan(checkout, "--", "verify")
     assert verify.rules >= {"build_shards", "precompute_latents", "verify"} and "train" not in verify.rules
     (job,) = verify.of("verify")
-    assert len(job["input"]) == 4  # latents of two resolutions, the images of both sides
+    assert len(job["input"]) == 4  # latents of two resolutions, images of both splits
 
 
 def test_every_gpu_rule_takes_its_resources_from_the_profile():
@@ -183,7 +183,7 @@ def test_every_gpu_rule_takes_its_resources_from_the_profile():
     ],
 )
 def test_invalid_configuration_ends_planning_with_one_message(checkout, plan, edit, words, named):
-    """Every kind of mistake: tests/unit/orchestration/test_plan.py."""
+    """Other invalid configurations are in tests/unit/orchestration/test_plan.py."""
     if edit:
         set_key(checkout, *edit)
     refused = plan(checkout, *words)

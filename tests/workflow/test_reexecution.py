@@ -1,4 +1,4 @@
-"""After an edit exactly what it touches is planned again: the demo's plan, over stand-ins for all of its results."""
+"""Tests that an edit reruns exactly the steps that depend on it: plans of the demo with placeholder results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURES = {"sample", "reference_features", "measure", "report"}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A working copy in which the whole demo has run."""
+    """Return a working copy with placeholder results of the whole demo."""
     folder = make_checkout(tmp_path_factory.mktemp("finished") / "checkout")
     for key, value in SHORTEN.items():
         set_key(folder, "demo.yaml", key, value)
@@ -25,13 +25,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def tree(finished, tmp_path):
-    """A copy of it to edit."""
+    """Return a copy of `finished` that a test may edit."""
     return shutil.copytree(finished, tmp_path / "checkout", symlinks=True)
 
 
 @pytest.fixture
 def plan(plan):
-    """As `plan`, and planning must succeed."""
+    """Return a function that plans and asserts success."""
 
     def succeed(*arguments):
         planned = plan(*arguments)
@@ -50,7 +50,7 @@ FIRST, SECOND = {"stage1/0", "stage1/32000"}, {"stage2/0", "stage2/10000"}
 
 
 def trained(plan) -> set[str]:
-    """The milestones that are trained again."""
+    """Return the milestones that are trained again."""
     return {f"{job['wildcards']['stage']}/{job['wildcards']['images']}" for job in plan.of("train")}
 
 
@@ -125,7 +125,7 @@ def test_edit_of_a_component_reruns_the_steps_that_use_it(tree, plan):
     set_key(tree, "components.yaml", "minilm/settings/tokenizer_config.json/model_max_length", 20)
     after = plan(tree)
     assert {job["wildcards"]["component"] for job in after.of("download_component")} == {"minilm"}
-    assert trained(after) == FIRST | SECOND  # on new text states
+    assert trained(after) == FIRST | SECOND  # because the text states change
     assert after.rules & {*DATA} == {"precompute_latents"}
 
 
@@ -171,7 +171,7 @@ def test_override_on_the_command_line_counts_as_an_edit(tree, plan):
     assert {"sample", "report"} <= after.rules <= {"freeze", *MEASURES}
     after = plan(tree, "--config", "set=stages.stage2.experiment.num_examples_to_see=12000 system.threads=2")
     assert "stage2/12000" in trained(after)
-    assert plan(tree, "--config", "set=system.threads=1").jobs == []  # as in the file
+    assert plan(tree, "--config", "set=system.threads=1").jobs == []  # the same value as in the file
 
 
 def test_another_run_shares_data_and_components(tree, plan):

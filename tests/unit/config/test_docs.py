@@ -1,4 +1,4 @@
-"""docs/configuration.md is generated from the schema, names tests that exist, and its YAML loads."""
+"""Tests of docs/configuration.md: it is generated from the schema, names existing tests, and its YAML is valid."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ DATA = Path(__file__).resolve().parents[2] / "templates"
 TEST = re.compile(r"`((?:unit|end_to_end|workflow)/[\w/]+\.py)::(\w+)`")
 SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:])
 KEYS = [key.name for key in all_keys(schema.StageConfig) if not key.section]
-KEYS_IN_TEXTS = {  # keys in open-diffusion's text, and in lines that its template has commented out
+KEYS_IN_TEXTS = {  # keys of open-diffusion's documentation and of commented lines of its template
     *("wandb.entity", "model.ema.path", "dataset.params.idx_to_prompt"),
     *(f"model.{part}.{key}" for part in MODEL_PARTS for key in ("pretrained", "target", "params")),
 }
@@ -122,7 +122,7 @@ def test_keys_of_open_diffusion_are_marked():
     assert set(DOCUMENTED.open_diffusion) == found
 
 
-# ---------------------------------------------------------------- tests that are named
+# ---------------------------------------------------------------- names of tests
 def test_every_key_of_a_training_names_tests():
     assert sorted(DOCUMENTED.shown_by) == sorted(KEYS) and all(DOCUMENTED.shown_by.values())
 

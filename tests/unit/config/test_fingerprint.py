@@ -91,7 +91,7 @@ json_values = st.recursive(
 
 
 def shuffled(value, rng):
-    """An equal value whose mappings were built in another order."""
+    """Return an equal value whose mappings have another order of keys."""
     if isinstance(value, dict):
         keys = list(value)
         rng.shuffle(keys)

@@ -1,4 +1,4 @@
-"""The demo's table of emoji: fetch_table with kind: emoji, from npm packages that tests make."""
+"""Tests of the demo's table of emoji: fetch_table with kind: emoji, from npm packages that the tests make."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def emoji(images: bytes, captions: bytes) -> dict:
 
 
 def put(tmp_path: Path, images: bytes, captions: bytes) -> dict:
-    """Packages that were fetched before, where the command looks for them."""
+    """Write packages into the folder in which the command keeps fetched ones."""
     folder = tmp_path / "data" / "packages"
     folder.mkdir(parents=True)
     (folder / "some-images-1.0.0.tgz").write_bytes(images)
@@ -132,7 +132,7 @@ def test_npm_without_a_network_is_a_clear_error(fetcher):
 
 def test_missing_npm_names_the_remedy(fetcher, tmp_path):
     beside = Path(sys.executable).parent / "npm"
-    if beside.exists():  # the environment brings its own, and that is what runs without a PATH
+    if beside.exists():  # npm of the environment would be used even without a PATH
         assert shutil.which(beside)
         return
     table, said = fetcher.command(emoji(b"", b""), PATH=str(tmp_path))

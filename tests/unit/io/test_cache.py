@@ -1,4 +1,4 @@
-"""The cache of a machine: each file is made once, whole or not at all, and the oldest ones are deleted."""
+"""Tests of the local cache: each file is made once and atomically, and the oldest ones are deleted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA = bytes(range(256)) * 4000
 
 @pytest.fixture
 def address(tmp_path):
-    """The address of DATA behind a command that logs each call in tmp_path/log."""
+    """Return a `pipe:` address of DATA whose command logs each run in tmp_path/log."""
     (tmp_path / "data").write_bytes(DATA)
     return f"pipe:echo x >> {tmp_path}/log; cat {tmp_path}/data"
 
@@ -61,7 +61,7 @@ def test_least_recently_used_file_is_deleted_and_open_files_stay_readable(tmp_pa
             return file.read()
 
     assert [read(name) for name in "abac"] == [b"a", b"b", b"a", b"c"] and made == ["a", "b", "c"]
-    assert read("a") == b"a" and made == ["a", "b", "c"]  # b, which was used first, is deleted
+    assert read("a") == b"a" and made == ["a", "b", "c"]  # b, the least recently used, was deleted
     assert read("gone") == b"gone"
 
 

@@ -1,4 +1,4 @@
-"""Reading of training logs."""
+"""Tests of reading training logs."""
 
 from __future__ import annotations
 

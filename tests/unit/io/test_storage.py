@@ -1,4 +1,4 @@
-"""Storage: paths, S3, HTTP and commands give the same bytes, and what cannot be read is named."""
+"""Tests of storage: paths, S3, HTTP and commands give the same bytes, and errors name the address."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = bytes(range(256)) * 12_000  # about 3 MB: several blocks
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves DATA: whole, in ranges, cut off, behind a redirect, with no length."""
+    """Serve DATA: complete, in ranges, truncated, behind a redirect, or without a length."""
 
     def do_GET(self):
         self.server.paths.append(self.path)
@@ -37,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name != "nolength":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # a reader that has had enough
+        with contextlib.suppress(ConnectionError):  # the reader closed the connection
             self.wfile.write(body[: len(body) // 2] if name.startswith("cut") else body)
 
     def log_message(self, *args):
@@ -56,7 +56,7 @@ def web():
 
 @pytest.fixture(params=["path", "file", "s3", "http", "http without ranges", "redirect"])
 def address(request, tmp_path):
-    """One address of DATA of each kind."""
+    """Return an address of DATA, one of each kind."""
     path = tmp_path / "a b.bin"
     path.write_bytes(DATA)
     if request.param in ("path", "file"):
@@ -135,7 +135,7 @@ def test_braces_globs_and_folders(tmp_path, s3):
         assert storage.expand(f"{root}/{{00002..00001}}.tar") == [f"{root}/00002.tar", f"{root}/00001.tar"]
         assert storage.expand(f"{root}/0*.tar") == [f"{root}/0000{i}.tar" for i in range(3)]
         assert storage.expand(f"{root}/{{deep/*,00000}}.tar") == [f"{root}/deep/00003.tar", f"{root}/00000.tar"]
-        assert storage.expand(f"{root}/none.tar") == [f"{root}/none.tar"]  # whether it is there shows when it is read
+        assert storage.expand(f"{root}/none.tar") == [f"{root}/none.tar"]  # an error only when it is read
         assert len(storage.walk(root)) == 5 and storage.walk(f"{root}/00000.tar") == [f"{root}/00000.tar"]
         assert storage.walk(f"{root}/none.tar") == []
         with pytest.raises(StorageError, match=r"z\*.tar: no file matches"):
@@ -169,7 +169,7 @@ def test_unreadable_address_is_named(tmp_path, s3, web):
 
 
 def test_s3_can_be_read_after_a_fork(s3):
-    """A loader's process is a fork of one that has used S3."""
+    """Loader processes are forked from a process that has used S3."""
     address = s3.put("fork/a", DATA)
     assert storage.read(address) == DATA
     with multiprocessing.get_context("fork").Pool(2) as pool:

@@ -1,4 +1,4 @@
-"""Snakemake invocations in one folder: stale locks, running invocations, kept copies of configurations."""
+"""Tests of Snakemake invocations in one folder: stale locks, running invocations, copies of configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def start_other(tmp_path):
-    """Return a function that registers another process in tmp_path: the process, and what `register` returned."""
+    """Return a function that registers another process in tmp_path and returns it with the result of `register`."""
     started = []
 
     def start() -> tuple[subprocess.Popen, bool]:
@@ -56,7 +56,7 @@ def test_locks_of_a_killed_invocation_are_deleted(start_other, lock, tmp_path):
     lock.write_text("results/x\n")
     end(process)
     assert start_other()[1] and not lock.exists()
-    assert len(list(tmp_path.glob("invocations/[!.]*"))) == 1  # the killed one left no file
+    assert len(list(tmp_path.glob("invocations/[!.]*"))) == 1  # the killed process left no file
 
 
 def test_locks_of_a_running_invocation_remain(start_other, lock):
@@ -65,7 +65,7 @@ def test_locks_of_a_running_invocation_remain(start_other, lock):
     second, alone = start_other()
     assert not alone and lock.exists()
     end(first)
-    assert not start_other()[1] and lock.exists()  # the second still runs
+    assert not start_other()[1] and lock.exists()  # the second process still runs
     end(second)
 
 

@@ -1,4 +1,4 @@
-"""A mistake in a configuration ends planning with one message that names file, key and remedy."""
+"""Tests that an invalid configuration ends planning with one message that names file, key and remedy."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ MISTAKES = {
 
 
 class PlanningError(Exception):
-    """As Snakemake's WorkflowError."""
+    """A substitute for Snakemake's WorkflowError."""
 
 
 @pytest.fixture

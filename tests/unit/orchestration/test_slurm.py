@@ -1,4 +1,4 @@
-"""What is told of SLURM's jobs without a cluster; on one: tests/slurm."""
+"""Tests of SLURM functions that need no cluster; tests/slurm has the others."""
 
 from __future__ import annotations
 

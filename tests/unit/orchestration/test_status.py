@@ -1,4 +1,4 @@
-"""The view of a run: what its files and squeue say, in every state that an operator may find; and squeue's answers."""
+"""Tests of the status of a run in every state, from its files and from squeue, and of reading squeue's output."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from sdtrain.training.telemetry import Telemetry
 
 NOW = time.time() // 1
 STAGE2 = Path("results/runs/demo/stage2")
-ELSEWHERE = "process 12 on a-node, SLURM job 41, since 2026-11-25 00:00:00"  # its lock may not be seen from here
+ELSEWHERE = "process 12 on a-node, SLURM job 41, since 2026-11-25 00:00:00"  # on another host
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """That of the demo: stage1 of 48,000 images, stage2 of 26,000, each with a milestone at 0."""
+    """Return the plan of the demo: stage1 of 48,000 images, stage2 of 26,000, each with a milestone at 0."""
     return Plan("demo", [], error=ConfigError)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working folder with the project's configurations and no results."""
+    """Change to a folder with the project's configurations and no results."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def view(plan: Plan, *jobs: slurm.Job, trouble: str = "") -> str:
-    """The text; of every line, what no path makes longer fits a terminal."""
+    """Return the status text. Assert that every line without a path fits a terminal."""
     lines = status.describe(plan, list(jobs), trouble, NOW)
     assert all(len(line) <= 100 for line in lines if "/" not in line), lines
     return "\n".join(lines)
 
 
 def stage2(plan: Plan, *jobs: slurm.Job) -> str:
-    """What is said of stage 2, on one line, ahead of its milestones."""
+    """Return the text about stage 2 before its milestones, as one line."""
     text = view(plan, *jobs).partition("\nstage2  ")[2].partition("\n    images ")[0]
     return " · ".join(line.strip() for line in text.splitlines())
 
 
 def write_log(until: int = 12000, age: float = 5, folder: Path = STAGE2, rate: float = 100.0) -> Path:
-    """A log of a line a 320 images at `rate` images a second on two GPUs, last written `age` seconds ago."""
+    """Write a log with a line per 320 images at `rate` images/s on two GPUs, last written `age` seconds ago."""
     rates = {"images_per_second": rate, "images_per_second_per_gpu": rate / 2}
     lines = [{"images": n, "loss": 0.25, "lr": 1e-3, "skipped": 0, **rates} for n in range(320, until + 1, 320)]
     lines[-1]["images"] = until
@@ -78,7 +78,7 @@ def job(number: str, state: str, wildcards: str = "demo_stage2_26000", rule: str
 
 @contextlib.contextmanager
 def trainer(since: float = 60):
-    """Another process that holds stage 2's folder as the trainer does, for `since` seconds; yields its process id."""
+    """Start a process that has locked stage 2's folder for `since` seconds, as a trainer does; yield its process id."""
     ready, child_ready = os.pipe()
     child = os.fork()
     if not child:
@@ -126,7 +126,7 @@ def test_present_data_and_components_are_listed(plan, image_shards):
 def test_status_of_a_running_training(plan):
     write_log()
     with trainer() as process:
-        seen = [stage2(plan), stage2(plan)]  # looking takes the lock from nobody
+        seen = [stage2(plan), stage2(plan)]  # the status does not take the lock
     assert seen[0] == seen[1]
     said = seen[0].split(" · ")
     assert said[:4] == ["training", "12,000 of 26,000 images (46 %)", "100.0 img/s (50.0 per GPU)", "loss 0.25"]
@@ -136,7 +136,7 @@ def test_status_of_a_running_training(plan):
 
 
 def test_speed_is_taken_from_several_log_lines(plan):
-    """The first line after a start counts what was compiled too: no end in years follows from it."""
+    """The rate of the first line after a start includes compilation, so it must not give an end in years."""
     path = write_log()
     with open(path, "a") as file:
         file.write('{"images": 12320, "images_per_second": 0.0001, "images_per_second_per_gpu": 0.0001}\n')
@@ -186,7 +186,7 @@ def test_stalled_training_is_reported(plan, begun):
 
 
 def test_slow_training_is_not_reported_as_stalled(plan):
-    write_log(age=1500, rate=0.5)  # one in 640 s
+    write_log(age=1500, rate=0.5)  # one line in 640 s
     with trainer(since=7200):
         assert stage2(plan).startswith("training · ")
 
@@ -243,7 +243,7 @@ def test_table_of_milestones(plan):
     write_json(STAGE2 / "0/train.json", {"images": 0})
     write_json(STAGE2 / "0/samples.json", {"images": 128})
     write_json(STAGE2 / "0/frechet_distance.json", {"metric": "FID", "value": 313.04})
-    write_json(STAGE2 / "0/clip_score.json", {"metric": "alignment score (Net to Text)"})  # without its value
+    write_json(STAGE2 / "0/clip_score.json", {"metric": "alignment score (Net to Text)"})  # without a value
     write_text(STAGE2 / "26000/samples.json", "{")
     rows = [re.split("  +", line.strip()) for line in view(plan).partition("stage2")[2].splitlines()[1:4]]
     assert rows == [
@@ -303,7 +303,7 @@ def test_status_without_squeue_comes_from_the_files(plan):
 
 
 # ---------------------------------------------------------------- squeue
-ANSWER = (  # of SLURM 22.05
+ANSWER = (  # in the format of SLURM 22.05
     "2|PENDING|0:00|UNLIMITED|1|N/A|Nodes required for job are DOWN, DRAINED|{here}|rule_all\n"
     "5|PENDING|0:00|UNLIMITED|1|N/A|JobHeldUser|/elsewhere|rule_all\n"
     "3|PENDING|0:00|4:00:00|2|2026-11-25T04:31:58|JobHeldUser|{here}|two\n"
@@ -315,7 +315,7 @@ ANSWER = (  # of SLURM 22.05
 
 
 def answer(here: Path) -> str:
-    """That text in squeue's format: its last field may hold anything."""
+    """Return ANSWER in squeue's format, in which the last field may contain separators."""
     rows = [slurm.SEPARATOR.join(line.split("|", 8)) for line in ANSWER.format(here=here).splitlines()]
     return "\n".join(rows) + "\n"
 
@@ -348,14 +348,14 @@ def test_empty_and_malformed_squeue_output():
 
 
 def command(folder: Path, script: str) -> None:
-    """A `squeue` in a folder of its own, the only one on the path."""
+    """Write a fake `squeue`."""
     (folder / "squeue").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "squeue").chmod(0o755)
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch) -> Path:
-    """A folder that is the whole search path."""
+    """Return a folder that is the whole search path."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
@@ -366,7 +366,7 @@ def test_without_slurm_there_are_no_jobs(path):
 
 
 def test_squeue_ignores_variables_of_the_user(path, monkeypatch):
-    monkeypatch.setenv("SQUEUE_PARTITION", "none")  # of the user's own: it would hide jobs
+    monkeypatch.setenv("SQUEUE_PARTITION", "none")  # a user's setting that would hide jobs
     monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
     (path / "answer").write_text(answer(path))
     command(path, f'[ -z "$SQUEUE_PARTITION$SLURM_TIME" ] && while read -r x; do echo "$x"; done <{path}/answer')

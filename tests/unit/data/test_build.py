@@ -1,4 +1,4 @@
-"""build_shards, run as a command: img2dataset really downloads a part of a selection into shards and a manifest."""
+"""Tests of build_shards as a command: img2dataset downloads a partition of a selection into shards and a manifest."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_shards_do_not_depend_on_the_order_of_downloads(built):
         assert sample["group"] == ("even", "odd")[number % 2]
         assert (sample["original_width"], sample["original_height"]) == (24, 16)
         image = sample["image"]
-        assert image.mode == "RGB" and image.size == (24, 16)  # the shorter side is 16 already
+        assert image.mode == "RGB" and image.size == (24, 16)  # the shorter side already is 16
         left, right = image.getpixel((4, 8)), image.getpixel((20, 8))
         assert max(abs(a - b) for a, b in zip(left, (10 * number, 200, 40), strict=True)) < 12
         assert min(right) > 245, "transparent parts come out white"
@@ -77,7 +77,7 @@ def test_failures_are_counted_by_reason(built):
 
 
 def test_damaged_shards_are_rebuilt_with_the_same_bytes(copy, built, server):
-    """Damage a shard, statistics and temporary files, as a kill may; then make a tar impossible to write."""
+    """Damage a shard, statistics and temporary files, as a kill may do; then make a tar unwritable."""
     folder = copy.output.parent / Path(built[1]["shards"][1]["name"]).parent
     tar, stats = folder / "00001.tar", folder / "download/00002_stats.json"
     tar.write_bytes(tar.read_bytes()[:2000])
@@ -108,7 +108,7 @@ def test_options_are_passed_to_img2dataset_and_change_the_folder(copy, built, se
         skip_reencode=True,
         min_image_size=10,
         min_success_rate=0.2,
-        user_agent_token="123",  # a text, though it looks like a number
+        user_agent_token="123",  # a text that looks like a number
         options={"compute_hash": "md5", "extract_exif": False, "max_image_area": 300},
     )
     reasons = {"image area too large": 1, "image too small": 1, "not written; see img2dataset.log": 1}

@@ -1,4 +1,4 @@
-"""Datasets of the stream: images and latents, captions and classes, and every form that a configuration may name."""
+"""Tests of datasets: images and latents, captions and classes, and every value of dataset.type."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_incomplete_samples_above_the_threshold_are_refused(tmp_path):
     dataset.require_complete(0.3)
     whole = str(write_tar(tmp_path / "b.tar", [make_sample(n) for n in range(40)]))
     filtered = ImageDataset(whole, 16, filters={"pwatermark": "<=0.1"}, cache=str(tmp_path / "c"))
-    filtered.require_complete(0.1)  # what filters drop is no loss
+    filtered.require_complete(0.1)  # samples dropped by filters do not count as lost
 
 
 # ---------------------------------------------------------------- classes

@@ -1,4 +1,4 @@
-"""fetch_table, run as a command: tables from files, from web and S3 addresses, and from a loopback dataset hub."""
+"""Tests of fetch_table as a command: tables from files, web and S3 addresses, and a loopback dataset hub."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_an_empty_table_is_refused(fetcher, tmp_path):
 
 
 def test_killed_fetch_ends_with_the_same_bytes(web, tmp_path):
-    """Killed at random points and just before each file is put in place; the tables are a download."""
+    """Kill it at random times and just before each rename, while it downloads tables."""
     n = 60_000
     many = {"url": [f"images/{i}.jpg" for i in range(n)], "caption": [f"caption {i}" for i in range(n)]}
     web.routes |= {f"/{i}.parquet": parquet(pa.table(many).slice(i * n // 2, n // 2)) for i in range(2)}
@@ -157,10 +157,10 @@ def test_killed_fetch_ends_with_the_same_bytes(web, tmp_path):
     assert len(expected) == 3
     draw, killed = random.Random(0), 0
     for point in [{"replaces": i} for i in range(3)] + [{"after": draw.uniform(0, 0.5)} for _ in range(10)]:
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)  # a process may be killed before it makes the folder
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)  # the process may be killed before it creates the folder
         killed += kill_script("fetch_table", command, **point)
         assert all(data == expected[name] for name, data in files().items() if not Path(name).name.startswith("."))
-        kill_script("fetch_table", command, after=draw.uniform(0, 0.5))  # and once more, over what is left
+        kill_script("fetch_table", command, after=draw.uniform(0, 0.5))  # once more, with the remaining files in place
         assert len(files()) <= 2 * len(expected), "temporary files of killed processes accumulate"
     assert killed >= 3
     assert not kill_script("fetch_table", command)

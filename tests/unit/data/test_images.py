@@ -1,4 +1,4 @@
-"""What becomes of an image: upright RGB whatever the file, a square cut where it should be, and what is told of it."""
+"""Tests of decoding and cropping: upright RGB from any file, the square crop, and its reported position."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def square(image: Image.Image, resolution: int, *crop, zoom: float = 1.0) -> np.
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A smooth picture with an edge."""
+    """Return a smooth picture with an edge."""
     coarse = np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8)
     pixels = np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     pixels[height // 3 :, width // 2 :] //= 2
@@ -72,7 +72,7 @@ def test_exif_orientation_is_applied():
     image = Image.new("RGB", (8, 4), "red")
     image.paste("blue", (0, 0, 8, 2))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # orientation 6: rotate by 90 degrees clockwise
     data = encode(image, "PNG", exif=exif)
     upright, size = images.decode(data)
     assert upright.size == size == (4, 8)
@@ -88,7 +88,7 @@ def test_a_large_jpeg_is_decoded_small_enough_and_looks_the_same(mode, orientati
     data = encode(photo(1001, 800).convert(mode), "JPEG", quality=90, exif=exif)
     whole, small = images.decode(data)[0], images.decode(data, at_least=100)[0]
     assert min(whole.size) == 800 and 150 <= min(small.size) <= 200
-    assert min(images.decode(data, at_least=600)[0].size) == 800  # half would be too few
+    assert min(images.decode(data, at_least=600)[0].size) == 800  # half the size would be too small
     expected = np.asarray(images.center_square(whole, 100), dtype=float)
     found = (images.prepare(data, 100)["pixels"].permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(found - expected).mean() < 1.5
@@ -148,13 +148,13 @@ def test_crops_are_square_whatever_the_shape(width, height, resolution, crop, zo
 
 def test_a_strip_of_extreme_length_costs_little():
     found = square(Image.new("RGB", (1, 60_000), "red"), 512, "random", False, np.random.default_rng(0))
-    assert found.shape == (512, 512, 3)  # resized whole, it would be 47 GB
+    assert found.shape == (512, 512, 3)  # the whole resized image would need 47 GB
 
 
 @given(width=st.integers(20, 300), height=st.integers(20, 300), resolution=st.integers(8, 96), zoom=st.floats(1.0, 2.0))
 @settings(deadline=None, max_examples=40)
 def test_strips_and_other_images_are_resized_alike(width, height, resolution, zoom):
-    """Two ways to resize, of one result: what PIL makes of the whole image."""
+    """Both ways of resizing give the result of PIL for the whole image."""
     image = photo(width, height)
     short = max(resolution, round(resolution * zoom))
     size = [max(short, round(side * short / min(image.size))) for side in image.size]
@@ -176,7 +176,7 @@ def test_center_crop_is_centered_and_random_crops_vary():
 
 
 def test_reported_crop_is_the_actual_one():
-    """Column x of the image has level x: the crop's left edge can be read off its pixels, mirrored or not."""
+    """Column x of the image has level x, so the pixels show the left edge of the crop, mirrored or not."""
     data = encode(Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1))).convert("RGB"), "PNG")
     mirrored = 0
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Shards that exist are adopted where they are; an indexing that is killed goes on with the shards that are left."""
+"""Tests of index_shards: existing shards are indexed in place; a killed command resumes with the remaining shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPT = load_script("index_shards")
 
 @pytest.fixture
 def tars(tmp_path):
-    """Six tars in two folders, three names."""
+    """Write six tars with three different names in two folders."""
     found = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -29,14 +29,14 @@ def tars(tmp_path):
 
 
 def arguments(folder, path, *more, **config):
-    """The command's arguments, its configuration written to a file."""
+    """Write the configuration to a file; return the arguments of the command."""
     file = folder / "index.yaml"
     file.write_text(yaml.safe_dump({"path": str(path), **config}))
     return [f"config={file}", f"output={folder}/indexed/0-of-1.json", *more]
 
 
 def index(folder, path, *more, **config):
-    """Run the command to its good end; returns its manifest."""
+    """Run the command and assert success; return its manifest."""
     given = arguments(folder, path, *more, **config)
     SCRIPT.main(["index_shards.py", *given])
     (output,) = [a.removeprefix("output=") for a in given if a.startswith("output=")][-1:]
@@ -45,7 +45,7 @@ def index(folder, path, *more, **config):
 
 
 def refused(folder, path, *more, **config):
-    """The command's error."""
+    """Run the command and assert failure; return its error message."""
     with pytest.raises(SystemExit, match="^error: ") as error:
         SCRIPT.main(["index_shards.py", *arguments(folder, path, *more, **config)])
     return str(error.value)
@@ -95,7 +95,7 @@ def test_shards_that_cannot_be_indexed_are_named(tmp_path, tars):
 
 
 def test_killed_indexing_ends_with_the_same_bytes_and_repeats_no_index(tmp_path):
-    """Kill -9 as soon as some indices are in place, at points that random kills seldom hit."""
+    """Kill -9 after some indices are in place, at points that random kills rarely hit."""
     (tmp_path / "in").mkdir()
     for n in range(30):
         write_tar(tmp_path / f"in/{n:05d}.tar", SAMPLES[: n % 6 + 1])
@@ -107,12 +107,12 @@ def test_killed_indexing_ends_with_the_same_bytes_and_repeats_no_index(tmp_path)
     for replaces in (0, 4, 7, 11):
         assert kill_script("index_shards", arguments(killed, tmp_path / "in/*.tar"), replaces=replaces)
         done.append(len(list(killed.glob("indexed/*/[!.]*.parquet"))))
-    assert done == sorted(done) and 0 < done[-1] < 30  # threads finish some more
+    assert done == sorted(done) and 0 < done[-1] < 30  # threads may finish more of them
     index(killed, tmp_path / "in/*.tar")
     assert files(killed) == files(whole)
 
 
 def files(folder) -> dict:
-    """Every file below the folder of the results, with its bytes; of the manifest, without the digest of the code."""
+    """Return the bytes of every result file; of the manifest, without the code digest."""
     found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.glob("indexed/**/[!.]*") if f.is_file()}
     return {name: re.sub(rb'"code": "\w+"', b"", data) for name, data in found.items()}

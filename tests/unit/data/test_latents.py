@@ -1,4 +1,4 @@
-"""Latent shards mirror the image shards: the same bytes by any number of ranks, batches and kills."""
+"""Tests of precompute_latents: the same bytes for any number of ranks, any batch size, and after kills."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ EMOJI = Path(__file__).resolve().parents[3] / "resources/pretrained/emoji-autoen
 def run(
     folder: Path, manifest: Path, vae: Path, *settings: str, text: Path | None = None, resolution: int = 32
 ) -> dict:
-    """The manifest of latents in `folder`, made in this process."""
+    """Compute latents in `folder` in this process; return their manifest."""
     values = load_config(schema_data.LatentsConfig, overrides=["workers=0", *settings])
     text = str(text) if text else None
     return latents.precompute(values, str(vae), text, resolution, str(manifest), folder / "manifest.json")
 
 
 def arguments(folder: Path, manifest: Path, parts: Path, *settings: str) -> list[str]:
-    """Those of the command, with text states."""
+    """Return the arguments of the command, with text states."""
     (folder / "config.yaml").write_text("{batch_size: 4}")
     named = {"config": folder / "config.yaml", "vae": parts / "vae", "text_encoder": parts, "resolution": 32}
     named |= {"images": manifest, "output": folder / "manifest.json"}
@@ -62,12 +62,12 @@ def digests(manifest: dict) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything that lies in a folder."""
+    """Return all files in a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def image_manifest(folder: Path, *tars: list) -> Path:
-    """The manifest of tars made of (key, fields)."""
+    """Write tars of (key, fields); return the path of their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [write_tar(folder / f"{number}.tar", samples) for number, samples in enumerate(tars)]
     write_manifest(folder / "images.json", "images", paths, {}, {"test": str(len(paths))})
@@ -81,7 +81,7 @@ def source(image_shards) -> Path:
 
 @pytest.fixture(scope="module")
 def made(source, tiny_parts, tmp_path_factory):
-    """Folder and messages of the real command: latents and text states of `image_shards` at 32 px."""
+    """Run the command on `image_shards` at 32 px, with text states; return its folder and output."""
     folder = tmp_path_factory.mktemp("latents")
     done = run_script("precompute_latents", *arguments(folder, source, tiny_parts, "workers=2"))
     assert done.returncode == 0, done.stderr
@@ -125,18 +125,18 @@ def test_moments_and_samples_have_the_same_posterior(source, tiny_parts, tmp_pat
     for values in noise:  # standard normal, to the precision of 41,984 draws
         assert abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.02
     assert abs((noise[0] * noise[1]).mean()) < 0.03
-    assert abs((noise[0][0] * noise[0][1]).mean()) < 0.15  # of different samples: unlike
+    assert abs((noise[0][0] * noise[0][1]).mean()) < 0.15  # different samples have independent noise
 
 
 def test_batches_processes_and_ranks_do_not_change_the_bytes(made, source, tiny_parts, tmp_path):
-    """With whatever randomness there is: each sample's own."""
+    """Random crops and samples of the posterior depend only on the sample."""
     random_ones = ("crop=random", "posterior=sample", "seed=3")
     alone = run(tmp_path, source, tiny_parts / "vae", *random_ones, "batch_size=3", text=tiny_parts)
     (folder := tmp_path / "ranks").mkdir()
     processes = start(folder, arguments(folder, source, tiny_parts, *random_ones, "batch_size=16", "workers=1"), 2)
     assert ended(processes) == [0, 0], folder.with_suffix(".log").read_text()
     assert json.loads((folder / "manifest.json").read_text()) == alone
-    assert folder.with_suffix(".log").read_text().count("41 latents") == 1  # one of them speaks
+    assert folder.with_suffix(".log").read_text().count("41 latents") == 1  # only one rank prints
 
 
 def test_a_random_crop_is_recorded_and_follows_the_seed(source, tiny_parts, tmp_path):
@@ -212,7 +212,7 @@ def test_wrong_scaling_factor_causes_a_warning(source, tmp_path, posterior):
     values = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**values, "scaling_factor": 0.1}))
     checks = run(tmp_path, source, vae, f"posterior={posterior}", resolution=64)["checks"]
-    assert checks["std"] < 0.2 and checks["psnr"] > 15  # a scaling is undone by the decoder
+    assert checks["std"] < 0.2 and checks["psnr"] > 15  # the decoder reverses the scaling
     (warning,) = checks["warnings"]
     assert "scaling_factor" in warning and str(checks["std"]) in warning
 
@@ -227,15 +227,15 @@ def test_vae_that_decodes_to_other_images_causes_a_warning(made):
 
 # ---------------------------------------------------------------- killed
 def command(folder: Path, values: list[str], rank: int, ranks: int, replaces: int | None) -> None:
-    """Become the command in a forked process: one rank of several, as torchrun starts it."""
+    """Run the command in this forked process as one of several ranks, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     sys.stdout = sys.stderr = open(folder.with_suffix(".log"), "a", buffering=1)
     call_script("precompute_latents", values, replaces)
 
 
 def start(folder: Path, values: list[str], ranks: int, replaces: int | None = None) -> list:
-    """Start ranks; with `replaces`, each kills itself just before it renames the file after so many."""
-    fork = multiprocessing.get_context("fork")  # torch is imported already: a start costs milliseconds
+    """Start ranks; with `replaces`, each kills itself after so many renames, just before the next."""
+    fork = multiprocessing.get_context("fork")  # torch is already imported, so a start takes milliseconds
     arguments = [(folder, values, rank, ranks, replaces) for rank in range(ranks)]
     processes = [fork.Process(target=command, args=given) for given in arguments]
     for process in processes:
@@ -244,7 +244,7 @@ def start(folder: Path, values: list[str], ranks: int, replaces: int | None = No
 
 
 def ended(processes: list) -> list[int]:
-    """The exit codes of processes, once they have ended."""
+    """Wait for processes; return their exit codes."""
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
@@ -262,7 +262,7 @@ def test_killed_encoding_ends_with_the_same_bytes(source, tiny_parts, tmp_path, 
     for replaces in (0, 1, 2, 3, 1, 4):
         processes = start(folder, values, ranks, replaces)
         multiprocessing.connection.wait([process.sentinel for process in processes])
-        for process in processes:  # such as rank 0, which waits for the shards of a killed one
+        for process in processes:  # such as rank 0, which waits for the shards of a killed rank
             process.kill()
         assert -signal.SIGKILL in ended(processes) and not (folder / "manifest.json").exists()
     assert ended(start(folder, values, ranks)) == [0] * ranks, folder.with_suffix(".log").read_text()
@@ -275,7 +275,7 @@ def test_only_a_missing_shard_is_encoded_again(source, tiny_parts, tmp_path):
     times = [tar.stat().st_mtime_ns for tar in tars]
     tars[1].unlink()
     (tmp_path / "manifest.json").unlink()
-    aside = tars[1].parent / ".00001-killed"  # what a killed job leaves
+    aside = tars[1].parent / ".00001-killed"  # files that a killed job leaves
     aside.mkdir()
     (aside / ".00000.tar.tmp").write_bytes(b"half a shard")
     assert run(tmp_path, source, tiny_parts / "vae") == first == json.loads((tmp_path / "manifest.json").read_text())
@@ -314,7 +314,7 @@ def test_shards_in_s3_give_the_same_bytes(source, tiny_parts, tmp_path, s3):
     remote = run(folder, folder / "images.json", tiny_parts / "vae")
     assert digests(remote) == digests(local)
     names = {Path(name).name for name in files(folder) if name.startswith(Path(remote["shards"][0]["name"]).parts[0])}
-    assert {name.split(".", 1)[1] for name in names} == {"tar", "json", "index.parquet"}  # no copies are left
+    assert {name.split(".", 1)[1] for name in names} == {"tar", "json", "index.parquet"}  # no local copies remain
 
 
 def test_shards_of_the_same_name_do_not_collide(tiny_parts, tmp_path):
@@ -333,7 +333,7 @@ def test_undecodable_images_are_left_out_and_counted(tiny_parts, tmp_path, capsy
     samples[2][1]["jpg"] = b"no image"
     lost = ("7", {"jpg": b"nothing", "txt": b"a"})
     manifest = image_manifest(tmp_path, samples, [lost], [make_sample(8)])
-    for _ in range(2):  # a shard of which nothing is left is not tried again
+    for _ in range(2):  # a shard without decodable images is not encoded again
         found = run(tmp_path, manifest, tiny_parts / "vae")
         assert found["samples"] == 6 and found["dropped"] == {"undecodable": 2}
         assert [Path(row["name"]).name for row in found["shards"]] == ["00000.tar", "00002.tar"]

@@ -1,4 +1,4 @@
-"""Manifests: what they say of shards, gathered parts, and what is refused."""
+"""Tests of manifests: description of shards, gathering of partitions, and refused input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tar(tmp_path):
 
 @pytest.fixture
 def folder(image_shards, tmp_path):
-    """A copy of the shards that a test may spoil."""
+    """Return a copy of the shards that a test may damage."""
     return shutil.copytree(image_shards, tmp_path / "copy")
 
 
@@ -108,7 +108,7 @@ def test_shards_of_the_same_name_have_separate_indices(tmp_path):
     assert [read_index(row["index_path"], row["path"])[0].key for row in rows] == [SAMPLES[0][0], SAMPLES[1][0]]
     assert (
         os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b") == ["00000.tar"]
-    )  # nothing is left with what is not ours
+    )  # nothing is written beside shards in another folder
 
 
 def test_finished_indices_are_reused_unless_the_shard_changed(folder):

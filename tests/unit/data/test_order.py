@@ -1,4 +1,4 @@
-"""The order of the stream: a permutation of each epoch, and a pure function of the seed and the position."""
+"""Tests of the order of samples: a permutation per epoch, and a pure function of seed and position."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_position_does_not_depend_on_earlier_lookups(counts, window, data):
 @given(counts=SHARD_COUNTS, window=st.integers(1, 14))
 @settings(deadline=None)
 def test_samples_of_at_most_window_shards_are_mixed(counts, window):
-    """The shards of each run of places are at most `window`, and none comes back later in the epoch."""
+    """At any place of an epoch, at most `window` shards are between their first and their last sample."""
     found = [shard for shard, _ in places(counts, order(counts, window), 0)]
     first, last = {}, {}
     for place, shard in enumerate(found):
@@ -56,7 +56,7 @@ def test_epochs_and_seeds_and_windows_differ():
     base = places(counts, order(counts, 2), 0)
     assert base != places(counts, order(counts, 2), 1) and base != places(counts, order(counts, 2, seed=1), 0)
     rows = [[row for _, row in base[i : i + 20]] for i in (0, 20, 40)]
-    assert rows[0] != rows[1] != rows[2]  # not one permutation again and again
+    assert rows[0] != rows[1] != rows[2]  # not the same permutation in every epoch
     assert len({shard for shard, _ in places(counts, order(counts, 6), 0)[:10]}) > 2  # samples of all are mixed
 
 

@@ -1,4 +1,4 @@
-"""Predicates: their forms, the same answer for columns and single values, and errors that say what to write."""
+"""Tests of predicates: their forms, equal answers for columns and single values, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def equal(value, operand):
 
 @st.composite
 def predicate_and_oracle(draw):
-    """A predicate's text and what plain Python says about a value."""
+    """Draw the text of a predicate and the function in plain Python that it must equal."""
     if draw(st.booleans()):
         sign, text = (
             draw(st.sampled_from(sorted(SIGNS))),
@@ -152,7 +152,7 @@ def null(value):
 
 
 def as_json_column(values, name="x"):
-    """A table whose column holds JSON texts, as an index of shards has it; None: the key is missing."""
+    """Return a table with a column of JSON texts, as in an index of shards; None stands for a missing key."""
     texts = [None if v is None and i % 2 else json.dumps(v) for i, v in enumerate(values)]
     return pa.table(
         [pa.array(texts, pa.string())], schema=pa.schema([pa.field(name, pa.string(), metadata={"json": "1"})])
@@ -206,7 +206,7 @@ def test_json_texts_of_nested_and_huge_values():
     assert parse({"x": ">0.5"}).mask(table).tolist() == [False, False, True, False, False, False, False]
     assert parse({"x": "!=a"}).mask(table).tolist() == [True, True, True, True, False, True, False]
     assert parse({"x": "==null"}).judge(table)[1][0]["null"] == 1
-    plain = pa.table({"x": table["x"].cast(pa.string())})  # without the field's mark they are texts
+    plain = pa.table({"x": table["x"].cast(pa.string())})  # without the mark in the field's metadata they are texts
     assert parse({"x": "==a"}).mask(plain).tolist() == [False] * 7
     broken = pa.table([pa.array(["{"])], schema=table.schema)
     with pytest.raises(PredicateError, match="filters.x: the column must hold JSON texts"):

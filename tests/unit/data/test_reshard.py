@@ -1,4 +1,4 @@
-"""Resharding keeps what the filters ask for, byte for byte and in order, and loses or doubles nothing."""
+"""Tests of reshard: the selected samples are kept in order, byte for byte, each exactly once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILTERS = {"original_width": ">=45", "pwatermark": "<0.8"}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder of five unequal tars, 25 samples in all; one of them without its JSON, one with a broken one."""
+    """Write five unequal tars of 25 samples in all; one sample has no JSON and one has invalid JSON."""
     folder, number = tmp_path_factory.mktemp("source"), 0
     for tar, size in enumerate(SIZES):
         samples = [make_sample(n) for n in range(number, number + size)]
@@ -43,21 +43,21 @@ def source(tmp_path_factory):
 
 
 def spoil(key: str, fields: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
-    """Samples 3 and 9 have no readable JSON."""
+    """Remove the JSON of sample 3, and make that of sample 9 invalid; leave other samples unchanged."""
     if int(key) == 3:
         return key, {e: data for e, data in fields.items() if e != "json"}
     return key, fields | {"json": b"{"} if int(key) == 9 else fields
 
 
 def arguments(folder, path, *more, filters=FILTERS, select=None, **config):
-    """The command's arguments, its configuration written to a file."""
+    """Write the configuration to a file; return the arguments of the command."""
     file, values = folder / "reshard.yaml", {"path": str(path), "samples_per_shard": 4, **config}
     file.write_text(yaml.safe_dump(values | {"select": {"filters": filters, **(select or {})}}))
     return [f"config={file}", f"output={folder}/resharded/0-of-1.json", *more]
 
 
 def reshard(folder, path, *more, **config):
-    """Run the command to its good end; returns its manifest."""
+    """Run the command and assert success; return its manifest."""
     folder.mkdir(exist_ok=True)
     given = arguments(folder, path, *more, **config)
     SCRIPT.main(["reshard.py", *given])
@@ -67,35 +67,35 @@ def reshard(folder, path, *more, **config):
 
 
 def refused(folder, path, *more, **config):
-    """The command's error."""
+    """Run the command and assert failure; return its error message."""
     with pytest.raises(SystemExit, match="^error: ") as error:
         SCRIPT.main(["reshard.py", *arguments(folder, path, *more, **config)])
     return str(error.value)
 
 
 def contents(tars):
-    """[(key, fields)] of tars, in order."""
+    """Return [(key, fields)] of tars, in order."""
     return [(s.key, {e: s.read(e) for e in s.fields}) for tar in tars for s in index_tar(tar)]
 
 
 def paths(manifest):
-    """The shards of a manifest that was read."""
+    """Return the paths of the shards of a manifest."""
     return [row["path"] for row in manifest["shards"]]
 
 
 def expected(keep, numbers=range(25)):
-    """The samples of the source whose metadata pass `keep`."""
+    """Return the samples of the source whose metadata pass `keep`."""
     samples = [spoil(*make_sample(n)) for n in numbers if n not in (3, 9)]
     return [sample for sample in samples if keep(json.loads(sample[1]["json"]))]
 
 
 def passes(meta):
-    """FILTERS, in Python."""
+    """Return whether metadata pass FILTERS, in plain Python."""
     return meta["original_width"] >= 45 and meta["pwatermark"] < 0.8
 
 
 def digests(manifest):
-    """The sums of a manifest's shards."""
+    """Return the digests of a manifest's shards."""
     return [row["sha256"] for row in manifest["shards"]]
 
 
@@ -199,7 +199,7 @@ def test_shards_of_a_manifest_are_filtered_by_its_indices(tmp_path, source):
 
 
 def numbered(path, numbers):
-    """A tar whose size tells nothing of the numbers in it."""
+    """Write a tar whose size does not depend on the numbers in it."""
     fields = [{"bin": b"%03d" % n, "json": json.dumps({"n": n % 10}).encode()} for n in numbers]
     return write_tar(path, [(f"{n:05d}", f) for n, f in zip(numbers, fields, strict=True)])
 
@@ -212,7 +212,7 @@ def test_a_shard_that_was_replaced_by_one_of_equal_size_is_indexed_anew(tmp_path
     old = shard.stat()
     if how == "written":
         numbered(shard, range(39, 19, -1))
-    else:  # with the times of the old one, as rsync and cp -p keep them
+    else:  # with the times of the old file, which rsync and cp -p preserve
         other = numbered(tmp_path / "other", range(39, 19, -1))
         os.utime(other, ns=(old.st_atime_ns, old.st_mtime_ns))
         os.replace(other, shard) if how == "renamed" else shutil.copy2(other, shard)
@@ -227,9 +227,9 @@ def test_unchanged_shard_is_not_indexed_again(tmp_path):
     write_manifest(tmp_path / "manifest.json", "images", [shard], {}, {})
     (row,) = read_manifest(tmp_path / "manifest.json")["shards"]
     index = read_index(row["index_path"], row["path"])
-    write_index(row["index_path"], index.take(np.arange(5)))  # tells that it is the index that was read
+    write_index(row["index_path"], index.take(np.arange(5)))  # a shortened index shows whether the index is read
     assert read_source(row, row["path"], ["n"]) == index[:5]
-    os.utime(shard)  # a copied or restored folder has new times
+    os.utime(shard)  # as in a copied or restored folder
     assert read_source(row, row["path"], ["n"]) == index
 
 
@@ -244,7 +244,7 @@ def test_the_indices_of_the_result_are_those_of_its_tars(tmp_path, source):
 
 # ---------------------------------------------------------------- the held-out split
 def side(value, fraction=0.4, seed=5):
-    """Whether the rule of the selection holds a value out."""
+    """Return whether the selection puts a value into the held-out split."""
     digest = hashlib.sha256(f"{seed}:{value}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
@@ -297,12 +297,12 @@ def test_a_key_that_no_sample_of_a_shard_has_counts_as_null(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_a_held_out_column_that_no_sample_has_is_refused(tmp_path, source, split):
-    select = {"held_out": {"fraction": 0.4}}  # by url, which these have not
+    select = {"held_out": {"fraction": 0.4}}  # by url, which these samples do not have
     message = refused(tmp_path, f"{source}/*.tar", f"split={split}", select=select)
     assert "select.held_out.column: no sample of" in message and "has url" in message
     assert not list(tmp_path.glob("resharded/*.json"))
     samples = [(f"{n}", {"json": json.dumps({"url": n} if n else {}).encode()}) for n in range(9)]
-    write_tar(tmp_path / "0.tar", samples)  # a shard that has it is enough
+    write_tar(tmp_path / "0.tar", samples)  # one shard with the column suffices
     manifest = reshard(
         tmp_path, f"{{{source}/00000.tar,{tmp_path}/0.tar}}", f"split={split}", filters={}, select=select
     )
@@ -353,7 +353,7 @@ def test_second_process_in_the_same_folder_is_refused(tmp_path, source):
 
 # ---------------------------------------------------------------- interruptions
 def test_killed_resharding_ends_with_the_same_bytes(tmp_path):
-    """Kill -9 at an early and a late shard and just before the manifest, at points that random kills seldom hit."""
+    """Kill -9 at an early and a late shard and just before the manifest, at points that random kills rarely hit."""
     (tmp_path / "in").mkdir()
     for tar in range(20):
         samples = [(f"{tar:03d}{n:03d}", {"json": json.dumps({"n": n}).encode()}) for n in range(10)]
@@ -362,7 +362,7 @@ def test_killed_resharding_ends_with_the_same_bytes(tmp_path):
     reshard(tmp_path / "whole", f"{tmp_path}/in/*.tar", **config)
     killed = tmp_path / "killed"
     killed.mkdir()
-    for replaces in (0, 3, 14, 20):  # a shard takes two: its tar and its index
+    for replaces in (0, 3, 14, 20):  # two renames per shard: tar and index
         assert kill_script("reshard", arguments(killed, f"{tmp_path}/in/*.tar", **config), replaces=replaces)
         assert not (killed / "resharded/0-of-1.json").exists()
     reshard(killed, f"{tmp_path}/in/*.tar", **config)
@@ -370,6 +370,6 @@ def test_killed_resharding_ends_with_the_same_bytes(tmp_path):
 
 
 def files(folder) -> dict:
-    """Every file below the folder of the results, with its bytes; of the manifest, without the digest of the code."""
+    """Return the bytes of every result file; of the manifest, without the code digest."""
     found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.glob("resharded/**/[!.]*") if f.is_file()}
     return {name: re.sub(rb'"code": "\w+"', b"", data) for name, data in found.items()}

@@ -1,4 +1,4 @@
-"""Selections: yields, duplicates, random rows, the expected download, and a held-out split by hash alone."""
+"""Tests of select_samples: yields, duplicates, random rows, expected download, and the held-out split by hash."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_hash_of_the_value_decides_the_split(select):
     assert train.to_pylist() == [r for r in rows().to_pylist() if not outside(r["concept"])]
     assert 0.1 < held_out.num_rows / N < 0.4
 
-    # filters, or other rows, move no value to the other side
+    # filters and other rows do not move a value to the other split
     (_, fewer, _), _ = select({"held_out": held, "filters": {"group": "food"}})
     assert set(fewer["concept"].to_pylist()) <= set(held_out["concept"].to_pylist())
     (_, part, _), _ = select({"held_out": held}, rows(200))
@@ -193,7 +193,7 @@ def test_both_splits_have_an_expected_download(select):
     table = rows().append_column("bytes", pa.array(range(N)))
     (train, held_out, yields), _ = select(config, table)
     sums = {name: sum(side["bytes"].to_pylist()[1:]) for name, side in (("train", train), ("held_out", held_out))}
-    assert sums["train"] + 150_000 == yields["bytes"]["train"]  # row 0 says 0 bytes, which is no size
+    assert sums["train"] + 150_000 == yields["bytes"]["train"]  # row 0 states 0 bytes, which is not a valid size
     assert held_out["bytes"][0].as_py() + sums["held_out"] == yields["bytes"]["held_out"]
 
 
@@ -258,7 +258,7 @@ def test_killed_selection_ends_with_the_same_bytes(tmp_path):
         killed += kill_script("select_samples", command, **point)
         left = {path.name: path.read_bytes() for path in out.iterdir()}
         assert all(data == expected[name] for name, data in left.items() if not name.startswith("."))
-        kill_script("select_samples", command, after=draw.uniform(0, 0.5))  # and once more, over what is left
+        kill_script("select_samples", command, after=draw.uniform(0, 0.5))  # once more, with the files that remain
         assert len(list(out.iterdir())) <= 6, "temporary files of killed processes accumulate"
     assert killed >= 3
     assert not kill_script("select_samples", command)

@@ -1,4 +1,4 @@
-"""Samples wherever they lie: tars and tables, here, on S3, behind commands; which are kept, what is read of them."""
+"""Tests of sample sources: tars and tables on disk, on web servers, on S3, behind commands; filters and fields."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def total(source) -> int:
 
 
 def blank(path: Path) -> None:
-    """Zeros for the bytes of a file, of the same size."""
+    """Overwrite a file with zeros of the same size."""
     size = path.stat().st_size
     os.truncate(path, 0)
     os.truncate(path, size)
@@ -119,7 +119,7 @@ def local(image_shards):
 
 
 class Requests(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, with ranges; the paths that were asked for are kept."""
+    """Serve files of a folder, with ranges, and record the requested paths."""
 
     seen: Counter = Counter()
 
@@ -140,7 +140,7 @@ class Requests(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """serve(folder) -> the address of a web server of its files."""
+    """Return serve(folder), which starts a web server of the folder and returns its address."""
     servers = []
 
     def start(folder: Path) -> str:
@@ -172,7 +172,7 @@ def test_samples_are_the_same_wherever_the_shards_are(kind, image_shards, tmp_pa
             "glob": f"{image_shards}/*.tar",
             "pipe": f"pipe:cat {image_shards}/{braces}",
         }[kind]
-    for _ in range(2):  # then with the indices that the first left
+    for _ in range(2):  # the second time with the indices of the first
         source = TarSource(path, WANTED, cache=str(tmp_path / "c"))
         assert not source.cheap and source.shards == 3 and (keys(source), read_all(source)) == local
     filtered = TarSource(path, WANTED, {"group": "==even"}, cache=str(tmp_path / "c"))
@@ -279,7 +279,7 @@ def test_cache_in_a_shared_folder_is_a_private_subfolder(tmp_path, monkeypatch):
     (tmp_path / "c" / f"sdtrain-{os.getuid()}").mkdir(parents=True)
     stat = Path.stat
 
-    def foreign(path, **options):  # as /tmp is root's
+    def foreign(path, **options):  # like /tmp, which belongs to root
         found = stat(path, **options)
         if path == tmp_path / "c":
             return os.stat_result([*found[:4], found.st_uid + 1, *found[5:]])
@@ -318,7 +318,7 @@ def test_a_parquet_of_bytes_is_read_by_row_groups(tmp_path):
 
 
 def test_rows_of_parquet_are_counted_without_their_images(tmp_path):
-    """And where an image or a caption is missing, all the same as they are loaded."""
+    """The count equals the number of loaded rows, also with missing images or captions."""
     images = [b"x" * 100_000] * 8
     images[5] = None
     columns = {"image": images, "caption": ["a", None, *"cdefgh"], "n": range(8)}

@@ -1,4 +1,4 @@
-"""Batches of the stream at any world size, after any resume, with unreadable samples, and made ahead by a thread."""
+"""Tests of the stream: batches at any world size, after a resume, with unreadable samples, and prefetched."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def key_at(dataset, position: int) -> str:
 
 
 def same(one: dict, two: dict) -> bool:
-    """Whether two batches are equal, to the last bit."""
+    """Return whether two batches are equal, bit for bit."""
     return one.keys() == two.keys() and all(
         torch.equal(one[k], two[k]) if isinstance(one[k], torch.Tensor) else one[k] == two[k] for k in one
     )
@@ -60,7 +60,7 @@ def same(one: dict, two: dict) -> bool:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_ranks_and_workers_share_an_epoch(manifest, window, world_size, workers):
-    """Two epochs of 41 samples, in global batches of 6: each sample once an epoch, in one order at any world size."""
+    """Read two epochs of 41 samples in global batches of 6: each sample once per epoch, in the same order."""
     dataset = ImageDataset(manifest, 8, seed=7, window=window)
     size = 6 // world_size
     ranks = [
@@ -95,7 +95,7 @@ def test_a_resume_opens_no_shard_that_was_consumed(tmp_path):
     dataset = ImageDataset(str(tmp_path / "m.json"), 16, window=2)
     early = {Path(dataset.locate(position)[0].name) for position in range(12)}
     assert len(early) == 4
-    for tar in early:  # zeros, of the same size: whoever reads them fails
+    for tar in early:  # zeros of the same size: reading a sample of them would fail
         size = tar.stat().st_size
         os.truncate(tar, 0)
         os.truncate(tar, size)
@@ -103,7 +103,7 @@ def test_a_resume_opens_no_shard_that_was_consumed(tmp_path):
     again = take(loader.batches(dataset, 3, start=12), 4)
     assert all(same(one, two) for one, two in zip(whole[4:], again, strict=True)) and again[-1]["lost"] == {}
     names = [shard.name for shard in dataset._load.results.values()]
-    assert not {str(tar) for tar in early} & set(names[1:])  # but the very first, looked at when it was opened
+    assert not {str(tar) for tar in early} & set(names[1:])  # the first one is read at the opening
 
 
 def test_a_resume_runs_no_pipe_command_again(tmp_path):
@@ -111,7 +111,7 @@ def test_a_resume_runs_no_pipe_command_again(tmp_path):
     path, cache = f"pipe:echo x >> {tmp_path}/log; cat {tmp_path}/{{0..7}}.tar", str(tmp_path / "c")
     whole = keys(ImageDataset(path, 16, window=2, cache=cache), 4, batch_size=3)
     fetched = (tmp_path / "log").read_text().count("x")
-    assert fetched == 4  # the first epoch so far, and no more
+    assert fetched == 4  # only shards of the first epoch so far
     dataset = ImageDataset(path, 16, window=2, cache=cache)
     assert "in the first 2 of 8 shards" in dataset.describe()
     assert (
@@ -133,7 +133,7 @@ def test_remote_shards_give_the_same_stream(workers, image_shards, tmp_path, s3,
 
 # ---------------------------------------------------------------- losses
 def spoiled(folder, bad: set[int], count: int = 40) -> ImageDataset:
-    """Images whose files at these numbers are no images; stream position p is dataset.locate(p)."""
+    """Return a dataset in which these samples are not decodable; position p is dataset.locate(p)."""
     samples = [make_sample(n) for n in range(count)]
     for number in bad:
         samples[number][1]["jpg"] = b"no image"
@@ -167,9 +167,9 @@ def test_too_many_lost_images_end_the_training(tmp_path):
     ):
         keys(dataset, 100, batch_size=4)
     assert len(keys(spoiled(tmp_path, set(range(0, 40, 5))), 100, batch_size=4, max_lost=0.25)) == 400
-    tolerable = spoiled(tmp_path, {7, 9})  # one in twenty, for as long as it takes
+    tolerable = spoiled(tmp_path, {7, 9})  # one in twenty never ends the training
     assert len(keys(tolerable, 100, batch_size=4)) == 400
-    assert len(keys(tolerable, 10, batch_size=4)) == 40  # another stream of it counts its own
+    assert len(keys(tolerable, 10, batch_size=4)) == 40  # another stream has its own count
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
@@ -192,12 +192,12 @@ def test_a_shard_that_cannot_be_read_ends_the_training(tmp_path, monkeypatch, wo
         with pytest.raises(DataError, match=r"a\.tar: .*; once that is right, start again"):
             keys(dataset, 1, batch_size=1, workers=workers)
         (tmp_path / "away").rename(tar)
-    assert (tmp_path / "log").read_text().count("x") >= 1 + 3  # with two more tries
+    assert (tmp_path / "log").read_text().count("x") >= 1 + 3  # after two more attempts
 
 
 # ---------------------------------------------------------------- batches ahead
 def behind() -> list[str]:
-    """The threads and processes of streams that are alive."""
+    """Return the running threads and processes of streams."""
     threads = [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
     return threads + ["worker" for _ in multiprocessing.active_children()]
 
@@ -252,7 +252,7 @@ def test_error_is_raised_in_order_and_leaves_no_thread_or_process(tmp_path, work
     plain = until_it_ends(loader.batches(spoiled(tmp_path, bad), 4))
     ahead = prefetched(loader.batches(spoiled(tmp_path, bad), 4, workers=workers), count)
     assert until_it_ends(ahead) == plain and next(ahead, None) is None
-    totals = [sum(lost.values()) for lost in plain[1]]  # of each batch, whatever was made since
+    totals = [sum(lost.values()) for lost in plain[1]]  # each batch has the count up to it
     assert totals[-1] == 10 and totals == sorted(totals) and len(set(totals)) > 5
 
 

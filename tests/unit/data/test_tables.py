@@ -1,4 +1,4 @@
-"""Tables of every format give the same rows under our names; wrong paths and columns say what is there."""
+"""Tests of tables: every format gives the same rows; errors for paths and columns name the existing ones."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_wrong_column_names_the_nearest(tmp_path):
 
 
 def column(path, name="x"):
-    """The values of a column, and its type."""
+    """Return the values of a column and its type."""
     read = read_all(Table(path), [name])
     return read[name].to_pylist(), str(read.schema.field(name).type)
 
@@ -233,7 +233,7 @@ def test_csv_values_are_read_back_with_their_type(tmp_path_factory, values):
     elif types and types <= {int, float}:
         assert found == [None if v is None else float(v) for v in values] and kind == "double"
     elif types:
-        assert found == [text or None for text in texts] and kind == "string"  # numbers and booleans together
+        assert found == [text or None for text in texts] and kind == "string"  # numbers mixed with booleans
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_csv_values_are_read_back_with_their_type(tmp_path_factory, values):
     ],
 )
 def test_damaged_tables_are_refused_by_name(tmp_path, name, content, message):
-    write("csv" if name == "t.csv" else name.partition(".")[2], tmp_path / f"a{name}")  # a good one beside it
+    write("csv" if name == "t.csv" else name.partition(".")[2], tmp_path / f"a{name}")  # beside a valid table
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TableError, match=message) as error:
         list(Table(tmp_path).batches())

@@ -1,4 +1,4 @@
-"""One tar: its samples by the fast scan as by tarfile, the index beside it, metadata in columns, and the writer."""
+"""Tests of tars: the fast scan against tarfile, the index file, metadata in columns, and the shard writer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_empty_tar_has_no_samples(tmp_path):
 
 def test_a_tar_cut_anywhere_is_refused(tar, tmp_path):
     data, end = tar.read_bytes(), index_tar(tar)[-1].fields["json"]
-    whole = -(-sum(end) // 512) * 512  # where the last member and its padding end
+    whole = -(-sum(end) // 512) * 512  # the end of the last member and its padding
     cut = tmp_path / "cut.tar"
     boundaries = [offset - 512 for s in index_tar(tar) for offset, _ in s.fields.values()]
     for length in {
@@ -89,7 +89,7 @@ def test_no_cut_loses_a_sample_silently(tmp_path_factory, length):
 def test_damaged_header_is_not_the_end_of_a_tar(tar):
     data = bytearray(tar.read_bytes())
     header = index_tar(tar)[2].fields["jpg"][0] - 512
-    data[header + 148] ^= 0xFF  # of its checksum
+    data[header + 148] ^= 0xFF  # a digit of its checksum
     tar.write_bytes(data)
     with pytest.raises(DataError, match="no end-of-archive mark after"):
         index_tar(tar)
@@ -120,7 +120,7 @@ MEMBERS = st.lists(
 
 
 def write_members(path, members, form):
-    """A tar of (name, bytes, time, whether a folder); names that the form cannot hold are left out."""
+    """Write a tar of (name, bytes, time, is a folder); skip names that the format cannot store."""
     with tarfile.open(path, "w", format=form) as tar:
         for name, size, mtime, folder in members:
             info = tarfile.TarInfo(name)
@@ -134,7 +134,7 @@ def write_members(path, members, form):
 
 
 def by_tarfile(path):
-    """What the index should say, the slow way: [(key, {extension: (offset, size)})]."""
+    """Return the expected index, read with tarfile: [(key, {extension: (offset, size)})]."""
     samples = []
     with tarfile.open(path) as tar:
         for member in tar:
@@ -172,7 +172,7 @@ def test_the_index_is_what_tarfile_reads(tmp_path_factory, members, form):
     tar = write_members(tmp_path_factory.mktemp("scan") / "a.tar", members, form)
     index = index_tar(tar)
     assert [(s.key, s.fields) for s in index] == by_tarfile(tar)
-    for sample, begin, end in zip(index, index.begin, index.end, strict=True):  # its bytes alone are a tar of it
+    for sample, begin, end in zip(index, index.begin, index.end, strict=True):  # these bytes alone are a valid tar
         alone = tar.with_name("alone.tar")
         alone.write_bytes(tar.read_bytes()[begin:end] + bytes(1024))
         (found,) = index_tar(alone)

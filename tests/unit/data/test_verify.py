@@ -1,4 +1,4 @@
-"""A full check finds every fault of shards, indices and manifests, and names the file and the remedy."""
+"""Tests of verify: it finds every fault of shards, indices and manifests, and names file and remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtrain.io.files import sha256_file
 
 @pytest.fixture
 def folder(image_shards, tmp_path):
-    """A copy of the shards that a test may spoil."""
+    """Return a copy of the shards that a test may damage."""
     return shutil.copytree(image_shards, tmp_path / "copy")
 
 
@@ -105,7 +105,7 @@ def test_remedies_differ_for_partitions_and_indexed_shards(folder, tmp_path):
     part, gathered = tmp_path / "indexed/0-of-1.json", tmp_path / "shards/manifest.json"
     write_manifest(part, "images", sorted(folder.glob("*.tar")), {}, {})
     gather_manifests([part], gathered)
-    write_tar(folder / "00007.tar", [make_sample(0)])  # no concern of ours, in a folder that is not
+    write_tar(folder / "00007.tar", [make_sample(0)])  # not listed, but in a folder that belongs to others
     assert find_faults(gathered) == []
     flip(folder / "00000.tar", 5000)
     assert find_faults(gathered) == [

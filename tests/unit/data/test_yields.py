@@ -1,4 +1,4 @@
-"""Yields as text, of selections and of shards, and the command show_yields."""
+"""Tests of yields as text, of selections and of shards, and of the command show_yields."""
 
 from __future__ import annotations
 

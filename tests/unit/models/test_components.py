@@ -1,4 +1,4 @@
-"""Download of model components: complete or not at all, by the command, from servers on this machine."""
+"""Tests of downloading components with the command, atomically, from servers on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BODY = bytes(range(256)) * 40
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers from `server.routes`: path -> function of this handler; remembers what was asked."""
+    """Answer by `server.routes`, path -> function of this handler, and record the requests."""
 
     def do_GET(self):
         self.server.asked.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
@@ -63,7 +63,7 @@ def server():
 
 @pytest.fixture
 def fetch(tmp_path):
-    """Run the command on a slice; returns the finished process."""
+    """Return a function that runs the command on a configuration slice and returns the finished process."""
 
     def run(component: dict, *arguments: str, name: str = "part", **environment: str):
         frozen = tmp_path / "slice.yaml"
@@ -86,7 +86,7 @@ def fetch(tmp_path):
 
 
 def refused(process, *words: str, left: tuple[str, ...] = ()):
-    """One clear message, no traceback, and nothing half-written beside what was there."""
+    """Assert one message without traceback, and no new or partial files."""
     assert process.returncode != 0
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith("error: component part: "), process.stderr
@@ -97,7 +97,7 @@ def refused(process, *words: str, left: tuple[str, ...] = ()):
 
 
 def succeeded(process) -> tuple[Path, dict]:
-    """The snapshot's folder and its record, which is true of every file."""
+    """Assert success and a record that matches every file; return the snapshot's folder and the record."""
     assert process.returncode == 0, process.stderr
     output = process.output
     folder, record = output.with_suffix(""), json.loads(output.read_text())
@@ -112,7 +112,7 @@ def succeeded(process) -> tuple[Path, dict]:
 
 
 def listed(name: str) -> dict:
-    """An entry of the project's own list."""
+    """Return an entry of configs/components.yaml."""
     return yaml.safe_load((ROOT / "configs/components.yaml").read_text())[name]
 
 
@@ -173,10 +173,10 @@ def test_folder_is_copied_not_linked_and_remade_only_when_it_changes(fetch, tmp_
     made = folder.stat().st_ino
     folder.with_suffix(".json").unlink()
     assert succeeded(fetch(component)) == (folder, record)
-    assert folder.stat().st_ino == made  # the whole snapshot was kept
+    assert folder.stat().st_ino == made  # the complete snapshot was kept
 
     (folder / "sub/weights.bin").write_bytes(b"damaged")
-    assert succeeded(fetch(component))[1] == record  # remade as it was
+    assert succeeded(fetch(component))[1] == record  # recreated identically
 
     (source / "config.json").write_text('{"a": 7}')
     changed = succeeded(fetch(component))[1]
@@ -208,7 +208,7 @@ def test_url(fetch, server):
     assert (folder / "net.pt").read_bytes() == BODY
     asked = len(server.asked)
     assert succeeded(fetch(url_component(server)))[1] == record
-    assert len(server.asked) == asked  # not fetched again
+    assert len(server.asked) == asked  # no second download
 
 
 def test_url_with_a_wrong_checksum_names_both(fetch, server):
@@ -267,7 +267,7 @@ def test_url_refusals(fetch, change, words):
 # ---------------------------------------------------------------- hub
 @pytest.fixture
 def hub(server):
-    """The part of a hub's HTTP interface that a snapshot needs: what a commit holds, and its files."""
+    """Serve the part of a hub's HTTP interface that a snapshot needs: the files of a commit."""
     server.files = {
         "text_encoder/config.json": b'{"hidden_size": 8}',
         "text_encoder/model.safetensors": BODY,
@@ -277,7 +277,7 @@ def hub(server):
     server.altered = {}
 
     def listing(name, blob, large):
-        """Every file with its git blob id, and the sha256 of the large one, under the names that a request uses."""
+        """Return the entries of every file: git blob id, and sha256 for the large file."""
         for path, body in server.files.items():
             one = {name: path, "size": len(body), blob: hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()}
             if path.endswith(".safetensors"):

@@ -1,4 +1,4 @@
-"""Frozen networks: tiny models of the same interface, and the demo's own EfficientNet-Lite0."""
+"""Tests of frozen feature networks: tiny models with the same interface, and the demo's EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def images(n: int, height: int = 20, width: int = 24, seed: int = 0) -> torch.Te
 
 # ---------------------------------------------------------------- image networks
 class Detector(torch.nn.Module):
-    """The call that FID's TorchScript file takes; features that show what arrived."""
+    """A network called like FID's TorchScript file, whose features show its input."""
 
     def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         pooled = img.float().mean((2, 3))
@@ -75,7 +75,7 @@ def test_efficientnet_distinguishes_images(efficientnet):
     got = efficientnet(x)
     assert got.shape == (3, 1280) and got.dtype == torch.float32 and not got.requires_grad
     assert torch.equal(got, efficientnet(x))
-    assert torch.allclose(got[1:2], efficientnet(x[1:2]), atol=1e-4)  # does not depend on the batch
+    assert torch.allclose(got[1:2], efficientnet(x[1:2]), atol=1e-4)  # the result does not depend on the batch
     assert (got[0] - got[2]).norm() > 0.1 * got[0].norm()
 
 
@@ -152,18 +152,18 @@ def test_perceptual_distance_decreases_along_its_gradient(request, network):
     distance = feature_networks.perceptual_distance(request.getfixturevalue(network))
     goal, start = (torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(seed)) * 255 for seed in (0, 1))
     start[:, 0] /= 2
-    assert distance(goal, goal).abs().max() < 1e-5 and not distance(goal, start).requires_grad  # it is frozen
+    assert distance(goal, goal).abs().max() < 1e-5 and not distance(goal, start).requires_grad  # the network is frozen
     x = start.clone().requires_grad_()
     before = distance(x, goal)
     assert before.shape == (2,) and before.dtype == torch.float32 and (before > 1e-4).all()
     before.sum().backward()
-    step = 1e-2 * before.sum() / x.grad.square().sum()  # small enough for a straight line: a hundredth of the way
+    step = 1e-2 * before.sum() / x.grad.square().sum()  # a linear step that should reduce the distance by one hundredth
     after = distance(start - step * x.grad, goal)
     assert (before - after).sum().item() == pytest.approx(0.01 * before.sum().item(), rel=0.3)
 
 
 class Rounding(torch.nn.Module):
-    """A network that no gradient passes through."""
+    """A network without gradients."""
 
     def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         return img.to(torch.uint8).float().mean((2, 3))
@@ -195,11 +195,11 @@ def test_text_embeddings_are_pooled_over_real_tokens():
     got = feature_networks.text_embeddings(folder, captions, batch_size=2)
     assert got.shape == (3, 384) and got.dtype == torch.float32
     assert got.norm(dim=-1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
-    assert got[0] @ got[1] > 0.5 > got[0] @ got[2]  # it is a trained encoder
+    assert got[0] @ got[1] > 0.5 > got[0] @ got[2]  # the encoder is a trained one
     tokens = AutoTokenizer.from_pretrained(folder)(["cat"], return_tensors="pt")
     with torch.no_grad():
         alone = AutoModel.from_pretrained(folder)(**tokens).last_hidden_state[0].mean(0)
-    assert torch.allclose(got[0], alone / alone.norm(), atol=1e-5)  # padding does not count
+    assert torch.allclose(got[0], alone / alone.norm(), atol=1e-5)  # padding has no effect
     assert feature_networks.text_embeddings(folder, []).shape == (0, 384)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank additions: nothing else trains, they start at nothing, and a pipeline or a merged UNet computes the same."""
+"""Tests of low-rank additions: only they train, they start at zero, and exports compute the same as training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def settings(**values):
-    """A `model.lora` section."""
+    """Return a `model.lora` section."""
     return load_config(schema.LoraConfig, values={"rank": 2, **values})
 
 
@@ -39,7 +39,7 @@ def output(unet) -> torch.Tensor:
 
 
 def train(unet, steps=3, lr=0.05) -> None:
-    """Some optimizer steps on what asks for them."""
+    """Take some optimizer steps on the trainable weights."""
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr)
     for _ in range(steps):
         unet.train()(**inputs()).sample.square().mean().backward()
@@ -63,7 +63,7 @@ def test_only_low_rank_additions_train_and_they_start_at_zero(unet):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_every_addition(unet, checkpointing):
     lora.add(unet, settings())
-    train(unet, steps=1)  # A's gradient is zero while B is
+    train(unet, steps=1)  # the gradient of A is zero while B is zero
     if checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()(**inputs()).sample.square().mean().backward()
@@ -115,7 +115,7 @@ def test_a_pipeline_with_the_file_and_a_merged_unet_compute_what_was_trained(
     merged = lora.merged(unet)
     assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     torch.testing.assert_close(output(merged), trained, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(output(unet), trained, atol=0, rtol=0)  # merging left it alone
+    torch.testing.assert_close(output(unet), trained, atol=0, rtol=0)  # merging did not change the original UNet
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(
         output(diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged")), output(merged)

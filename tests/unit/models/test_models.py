@@ -1,4 +1,4 @@
-"""Parts come from folders or classes, must fit each other, and captions are encoded as the pipeline encodes them."""
+"""Tests of model components: loading, mutual fit, and captions encoded as the pipeline encodes them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CAPTIONS = ["a red square", "", "a photo of a small blue circle on white", "a re
 
 
 def section(tiny_parts, tiny_unet_params, **changes):
-    """A `model` section of the tiny parts; a change is given as part={…}."""
+    """Return a function that builds the tiny components with changes given as component={…}."""
     values = {part: {"pretrained": str(tiny_parts)} for part in PARTS}
     values["unet"] = {"target": "UNet2DConditionModel", "params": tiny_unet_params}
     return load_config(schema.ModelConfig, values={**values, **changes})
@@ -86,7 +86,7 @@ def test_tokenizer_can_be_built_from_vocab_and_merges(build):
 
 
 def test_a_text_encoder_comes_from_a_folder(build):
-    """Those of transformers are made from an object, not from arguments."""
+    """The classes of transformers take a configuration object, not arguments."""
     part = {"target": "transformers.CLIPTextModel", "params": {"hidden_size": 32}}
     with pytest.raises(ModelError, match="^model.text_encoder.params: CLIPTextModel refuses them: .*hidden_size'$"):
         build(text_encoder=part)
@@ -94,7 +94,7 @@ def test_a_text_encoder_comes_from_a_folder(build):
 
 def test_pretrained_pipeline_provides_components_that_are_not_set(tiny_parts, tiny_unet_params):
     model = section(tiny_parts, tiny_unet_params, **{part: {} for part in PARTS}, pretrained=str(tiny_parts))
-    parts = load_parts(model)  # the UNet's own class comes before model.pretrained, which has none
+    parts = load_parts(model)  # model.unet.target takes precedence over model.pretrained, which has no UNet
     assert parts.folders["vae"] == tiny_parts / "vae" and parts.unet.config.cross_attention_dim == 32
 
 
@@ -110,7 +110,7 @@ def test_a_target_changes_the_class_of_a_pretrained_scheduler(build, tiny_parts)
     part = {"pretrained": str(tiny_parts), "target": "DPMSolverMultistepScheduler", "params": {"solver_order": 3}}
     found = build(scheduler=part).scheduler
     assert type(found) is diffusers.DPMSolverMultistepScheduler and found.config.solver_order == 3
-    assert (found.config.beta_schedule, found.config.steps_offset) == ("scaled_linear", 1)  # DDIM's, from the folder
+    assert (found.config.beta_schedule, found.config.steps_offset) == ("scaled_linear", 1)  # from the folder
     torch.testing.assert_close(found.alphas_cumprod, build().scheduler.alphas_cumprod)
 
 
@@ -214,7 +214,7 @@ def test_components_that_do_not_fit_each_other_are_refused(build, tiny_unet_para
             {"block_out_channels": [16, 24], "norm_num_groups": 16},
             r"norm_num_groups: 16 .* of \[16, 24\]; 1, 2, 4, 8 do",
         ),
-        ({"mid_block_type": None, "attention_head_dim": [4, 5]}, None),  # then no attention is at level 1
+        ({"mid_block_type": None, "attention_head_dim": [4, 5]}, None),  # then level 1 has no attention
         (
             {"up_block_types": ["CrossAttnUpBlock2D"] * 2, "mid_block_type": None, "attention_head_dim": [4, 5]},
             "attention_head_dim: 5 heads do not divide the 32 channels of level 1",
@@ -381,7 +381,7 @@ def test_a_kernel_that_cannot_run_here_is_refused(build, name):
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that torch runs."""
+    """Record the names of the operators that torch runs."""
 
     def __init__(self):
         super().__init__()
@@ -414,7 +414,7 @@ def test_configured_kernel_computes_attention_and_its_gradient(build):
 
 # ---------------------------------------------------------------- captions
 def bert(**settings):
-    """A text encoder of another family, as wide as the tiny CLIP."""
+    """Return a BERT text encoder as wide as the tiny CLIP."""
     torch.manual_seed(3)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     cfg = transformers.BertConfig(vocab_size=600, max_position_embeddings=16, **sizes, **settings)
@@ -422,7 +422,7 @@ def bert(**settings):
 
 
 def t5(folder: Path) -> Path:
-    """A folder with a T5, both halves of it, as wide as the tiny CLIP, and its tokenizer of WORDS."""
+    """Write a T5, encoder and decoder, as wide as the tiny CLIP, with a tokenizer of WORDS; return its folder."""
     torch.manual_seed(4)
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0), *((f"\u2581{w}", -2.0) for w in WORDS)]
     tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=12)
@@ -495,7 +495,7 @@ def test_caption_cache_is_exact_and_bounded(build):
     parts.text_encoder.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     encode, plain = (TextEncoding(parts.tokenizer, parts.text_encoder, CPU, cache=size) for size in (3, 0))
     first = encode(CAPTIONS)
-    assert calls == [3]  # each different caption once
+    assert calls == [3]  # each distinct caption once
     assert torch.equal(encode(CAPTIONS), first) and calls == [3]
     captions = ["a red square", "small", "large", "black", "white", "on"]
     torch.testing.assert_close(encode(captions), plain(captions), atol=1e-6, rtol=1e-5)
@@ -521,7 +521,7 @@ def test_latents_are_scaled_and_full_precision(build):
 # ---------------------------------------------------------------- network
 @pytest.fixture
 def hub():
-    """A hub on loopback that has nothing: its address, and the paths it was asked for."""
+    """Serve an empty hub on loopback; return its address and the requested paths."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

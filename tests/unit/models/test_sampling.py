@@ -1,4 +1,4 @@
-"""Prompts become images, one seed a prompt whatever the batch, and images a grid."""
+"""Tests of sampling: one seed per prompt at any batch size, exported pipelines, and grids of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = ["a red square", "a blue circle", "a green square", "", "a photo of a 
 
 @pytest.fixture(scope="module")
 def parts(tiny_parts, tiny_unet_params):
-    """A model of random weights."""
+    """Return model components with random weights."""
     torch.manual_seed(1)
     unet = diffusers.UNet2DConditionModel(**tiny_unet_params).eval()
     loaded = {name: _from_pretrained(name, str(tiny_parts), name) for name in PARTS}
@@ -34,7 +34,7 @@ def parts(tiny_parts, tiny_unet_params):
 
 @pytest.fixture(scope="module")
 def pipeline(parts, tmp_path_factory):
-    """Its pipeline folder."""
+    """Export the components; return the pipeline folder."""
     return export_pipeline(tmp_path_factory.mktemp("sampling") / "pipeline", parts, parts.unet)
 
 
@@ -52,7 +52,7 @@ def test_image_depends_only_on_its_prompt_and_seed(pipeline):
     assert [image.shape for image in by_two] == [(32, 32, 3)] * 5
     for a, b in zip(by_two, at_once, strict=True):
         assert np.abs(a - b).max() <= 1
-    assert np.abs(one[0] - by_two[2]).max() <= 1  # prompt 2 of seed 3 is prompt 0 of seed 5
+    assert np.abs(one[0] - by_two[2]).max() <= 1  # prompt 2 with seed 3 has the seed of prompt 0 with seed 5
     assert np.abs(by_two[0] - by_two[1]).max() > 5
 
 
@@ -73,8 +73,8 @@ def test_pipeline_in_memory_and_its_export_draw_the_same_images(prediction, part
 
 
 def test_sampling_does_not_change_the_model(parts):
-    """Saves go on after a grid: they must write the scheduler that was configured."""
-    scheduler = diffusers.DDIMScheduler(steps_offset=0, clip_sample=True)  # a pipeline makes these 1 and False
+    """A checkpoint after drawing a grid must still contain the configured scheduler."""
+    scheduler = diffusers.DDIMScheduler(steps_offset=0, clip_sample=True)  # a pipeline sets these to 1 and False
     before = dict(scheduler.config), scheduler.timesteps.clone()
     pipe = pipeline_of(dataclasses.replace(parts, scheduler=scheduler), parts.unet)
     sample(pipe, PROMPTS[:1])
@@ -115,7 +115,7 @@ SCHEDULERS = {
 
 
 class Optimum(diffusers.UNet2DConditionModel):
-    """The network that has learned, of our objective, a data set of one image: its noise is known from x_t."""
+    """The optimal network for a dataset of one image: it computes the prediction from x_t."""
 
     def learn(self, clean, scheduler):
         self.clean, self.process, self.times = clean, objective.process_of(scheduler), []
@@ -123,7 +123,7 @@ class Optimum(diffusers.UNet2DConditionModel):
 
     def forward(self, sample, timestep, **_):
         t = timestep.expand(len(sample))
-        t = t if self.process.prediction == "flow_prediction" else t.long()  # Euler's are whole floats
+        t = t if self.process.prediction == "flow_prediction" else t.long()  # Euler's times are whole floats
         signal, scale = (x.view(-1, 1, 1, 1) for x in self.process.scales(t))
         self.times.append(timestep.item())
         clean = self.clean.expand_as(sample)
@@ -177,7 +177,7 @@ def test_grid_arranges_images_row_by_row():
 # ---------------------------------------------------------------- export
 @pytest.fixture
 def project_parts(tiny_parts, tiny_unet_params, tmp_path):
-    """The tiny parts, from a project's own components."""
+    """Return the tiny components, loaded from a project's resources/components."""
     shutil.copytree(tiny_parts, tmp_path / "project/components")
     values = {part: {"pretrained": str(tmp_path / "project/components")} for part in PARTS}
     unet = {"target": "UNet2DConditionModel", "params": tiny_unet_params}
@@ -201,7 +201,7 @@ def test_an_exported_pipeline_can_be_moved_with_its_project(project_parts, tmp_p
     assert links == {name: f"../../../components/{name}" for name in links}
     assert (folder / "unet_raw/diffusion_pytorch_model.safetensors").is_file() and not list(folder.rglob("*.bin"))
     before = sampled_image(folder)
-    again = export_pipeline(folder, project_parts, project_parts.unet)  # over the old one
+    again = export_pipeline(folder, project_parts, project_parts.unet)  # replaces the old one
     assert os.listdir(again.parent) == ["pipeline"] and not (again / "unet_raw").exists()
     moved = shutil.move(tmp_path / "project", tmp_path / "moved")
     assert sampled_image(Path(moved, "runs/1/pipeline")).tobytes() == before.tobytes()

@@ -1,4 +1,4 @@
-"""The autoencoder's loss and quality in closed form, its exact normalisation, and what no network is made of."""
+"""Tests of the autoencoder: loss and PSNR in closed form, normalization of latents, and invalid parameters."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def terms(output, images, mean=NOTHING, logvar=NOTHING, distance=None, **weights
 # ---------------------------------------------------------------- loss and quality
 def test_each_term_of_the_loss_on_simple_errors():
     target = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
-    grey = target + 0.25  # the same everywhere: no gradient, no chroma
+    grey = target + 0.25  # a constant error: no error of gradients or chroma
     red = target.clone()
     red[:, 0] += 0.3
     blue = target + torch.tensor([0.0, 0.0, 0.3]).view(3, 1, 1)
-    columns = target + 0.2 * (torch.arange(8) % 2 * 2 - 1)  # plus and minus 0.2 in turn: nothing once averaged
+    columns = target + 0.2 * (torch.arange(8) % 2 * 2 - 1)  # alternately plus and minus 0.2: zero on average
     expected = {
         "l1": (0.25, 0.1, 0.1, 0.2),
         "l2": (0.0625, 0.03, 0.03, 0.04),
@@ -49,7 +49,7 @@ def test_each_term_of_the_loss_on_simple_errors():
     for term, values in expected.items():
         found = [terms(x, target, **{term: 2.0}) for x in (grey, red, blue, columns)]
         assert [f[term] / 2 for f in found] == pytest.approx(values, abs=1e-6), term
-        assert all(f.keys() == {term} for f in found)  # one of weight 0 is not there
+        assert all(f.keys() == {term} for f in found)  # a term of weight 0 is not computed
     weights = dict(zip(expected, (1, 2, 3, 4, 5), strict=True))
     assert terms(red, target, **weights) == pytest.approx({k: v[1] * weights[k] for k, v in expected.items()}, abs=1e-6)
 
@@ -74,7 +74,7 @@ def test_the_perceptual_term_is_the_mean_distance_of_images_in_0_to_255():
 
 def test_psnr_of_a_known_error():
     images = torch.zeros(2, 3, 4, 4)
-    output = torch.stack([images[0] + 0.2, images[1] - 0.02])  # 0.1 and 0.01 of the range
+    output = torch.stack([images[0] + 0.2, images[1] - 0.02])  # 0.1 and 0.01 of the value range 2
     torch.testing.assert_close(autoencoder.psnr(output, images), torch.tensor([20.0, 40.0]))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all; other code trains milestones again."""
+"""Tests of checkpoints: atomic writes, refused files, and milestones that other code trains again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def python(code: str, *arguments, **options) -> subprocess.Popen:
 
 # ---------------------------------------------------------------- checkpoints
 def state(value: float = 0.0) -> dict:
-    """A state of live tensors of several types."""
+    """Return a state of tensors of several types."""
     weights = {"conv.weight": torch.full((4, 3, 3, 3), value).to(memory_format=torch.channels_last)}
     weights |= {"half": torch.full((5,), value, dtype=torch.bfloat16)}
     progress = {"updates": torch.tensor(int(value)), "empty": torch.zeros(0)}
@@ -41,7 +41,7 @@ def checkpoints(folder, value: float = 0.0, **options) -> Checkpoints:
 
 
 def fill(saves: Checkpoints, *images: int) -> None:
-    """Save the numbers of images as the state."""
+    """Write a checkpoint for each number of images, with that number as state."""
     for number in images:
         saves.state["progress"]["updates"].fill_(number)
         saves.save(number)
@@ -73,7 +73,7 @@ def test_changes_during_a_background_save_are_not_saved(tmp_path):
 def test_older_checkpoints_are_deleted_after_the_new_one_is_complete(tmp_path):
     saves = checkpoints(tmp_path, keep=2, always={8})
     fill(saves, 8, 16, 24, 100, 32)
-    assert saves.saved() == [8, 24, 32, 100]  # a later one is left alone
+    assert saves.saved() == [8, 24, 32, 100]  # a later checkpoint is not deleted
     saves.keep = None
     fill(saves, 40)
     assert saves.saved() == [8, 24, 32, 40, 100]
@@ -112,7 +112,7 @@ def test_files_of_killed_saves_do_not_disturb_the_next_save(tmp_path):
 
 
 class Trap:
-    """Touches a file when it is unpickled."""
+    """An object that touches a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -130,7 +130,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     index.write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(CheckpointError, match="saves/8: unreadable checkpoint, .*pathlib.Path.touch|has no place"):
         saves.load(8)
-    found = pickle.loads(kept)  # an index that calls a tensor a pickled object, which torch would unpickle
+    found = pickle.loads(kept)  # an index that declares a tensor as bytes, which torch would unpickle
     name = next(iter(found.state_dict_metadata))
     found.state_dict_metadata[name] = BytesStorageMetadata()
     index.write_bytes(pickle.dumps(found))
@@ -194,7 +194,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
 
 
 def save_by_rank(rank: int, folder: Path, full: int | None) -> str:
-    """Save from two ranks, of which `full` cannot write; returns what the rank was told."""
+    """Save from two ranks, of which the rank `full` cannot write; return the error message of this rank, or "saved"."""
     import resource
 
     from sdtrain import distributed
@@ -250,7 +250,7 @@ def test_other_code_retrains_a_milestone_from_the_previous_one(tmp_path):
     assert saves.saved() == [64]
     assert [p.name for p in tmp_path.glob("*.done")] == ["50.done"]
     fill(saves, 96)
-    checkpoint.start_milestone(saves, 100, 64, "other code")  # killed and started again: this time it goes on
+    checkpoint.start_milestone(saves, 100, 64, "other code")  # after a kill and a restart, it resumes
     assert saves.saved() == [64, 96]
 
 

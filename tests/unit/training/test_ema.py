@@ -1,4 +1,4 @@
-"""Closed forms of the moving average, and the swap of weights."""
+"""Tests of the EMA: closed forms, and the temporary swap of weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_warmup_limits_the_first_decays():
         decay = min(0.3, (1 + k) / (10 + k))
         expected = decay * expected + (1 - decay) * k
         assert average(ema) == pytest.approx(expected, rel=1e-6)
-    assert (1 + 1) / (10 + 1) < 0.3 < (1 + 8) / (10 + 8)  # both sides of the minimum were met
+    assert (1 + 1) / (10 + 1) < 0.3 < (1 + 8) / (10 + 8)  # both terms of the minimum occurred
 
 
 @pytest.mark.parametrize("batch", [1, 16, 2048])

@@ -1,4 +1,4 @@
-"""What may go on in a folder, and what another training's folder says."""
+"""Tests of a training's identity: which trainings may resume in a folder, and messages for the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECISIVE = {"system": {"global_batch": 64}, "optimizer": {"params": {"learning_r
 
 @pytest.fixture
 def own(tmp_path) -> Identity:
-    """A training by hand that has claimed its folder."""
+    """Return the identity of a training by hand that has claimed its folder."""
     identity = Identity(tmp_path, {"dataset": "aa", "vae": "bb"}, DECISIVE, frozen=False)
     claim(identity, anew=False)
     return identity

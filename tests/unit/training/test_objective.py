@@ -1,4 +1,4 @@
-"""Closed forms of the objective, and draws that no sharing of a batch changes."""
+"""Tests of the objective: closed forms, and random draws that do not depend on the split of a batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 def process(prediction, scheduler=SCHEDULE):
-    """A forward process in double precision."""
+    """Return a forward process in double precision."""
     alphas = None if prediction == "flow_prediction" else scheduler.alphas_cumprod.double()
     return objective.Process(prediction, STEPS, alphas)
 
@@ -40,7 +40,7 @@ def weights(forward, t, **keys):
 
 @pytest.fixture
 def batch():
-    """Clean latents, noise and timesteps of 8 images, in double precision."""
+    """Return clean latents, noise and timesteps of 8 images, in double precision."""
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 8, 4, 5, 3, generator=generator, dtype=torch.float64)
     return clean, noise, torch.tensor([0, 1, 10, 100, 300, 500, 900, 999])
@@ -54,7 +54,7 @@ def test_noisy_latents_are_those_of_the_scheduler(batch):
 
 
 def test_noisy_latents_of_a_flow_are_those_of_the_scheduler(batch):
-    """Flow matching of another class of diffusers, which knows noise levels alone."""
+    """Compare with another class of diffusers for flow matching, which uses only noise levels."""
     clean, noise, _ = batch
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     t = scheduler.timesteps[[0, 1, 10, 100, 300, 500, 900, 999]]
@@ -109,7 +109,7 @@ def test_zero_terminal_snr_equals_the_closed_form_of_its_paper():
     ).scales(torch.arange(STEPS))
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
     assert found[0] == pytest.approx(root[0].item(), abs=1e-6) and found[-1] == 0 and scale[-1] == 1
-    assert root[-1] > 0.06  # what the schedule would have kept of the image
+    assert root[-1] > 0.06  # the factor of the image without the rescaling
 
 
 def test_at_zero_terminal_snr_the_last_step_is_noise_and_v_is_minus_the_image(batch):
@@ -128,7 +128,7 @@ def test_half_precision_latents_use_a_full_precision_schedule(prediction, batch)
     found = objective.add_noise(forward, clean, noise, t)
     assert found.dtype == torch.float32 and torch.equal(found, exact)
     assert objective.target(forward, clean, noise, t).dtype == torch.float32
-    assert not torch.equal(exact[0], clean[0].float())  # in bf16 so early a step would carry hardly any noise
+    assert not torch.equal(exact[0], clean[0].float())  # in bf16, such an early step would add hardly any noise
 
 
 def test_timesteps_divide_the_process_evenly():
@@ -175,7 +175,7 @@ def test_flow_schedulers_are_understood(name):
 @pytest.mark.parametrize(
     "scheduler",
     [
-        diffusers.FlowMatchEulerDiscreteScheduler(),  # the pipeline needs init_noise_sigma, which it lacks
+        diffusers.FlowMatchEulerDiscreteScheduler(),  # it lacks init_noise_sigma, which the pipeline needs
         diffusers.DEISMultistepScheduler(**FLOW),  # stops at the last noise level before zero
         diffusers.DPMSolverMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
         diffusers.DPMSolverMultistepScheduler(**FLOW, use_karras_sigmas=True),  # noise levels far above 1
@@ -209,7 +209,7 @@ def test_an_unknown_prediction_is_refused(scheduler):
     "scheduler",
     [
         ZERO,
-        diffusers.EulerDiscreteScheduler(**SD, rescale_betas_zero_snr=True),  # stands 2^-24 for 0
+        diffusers.EulerDiscreteScheduler(**SD, rescale_betas_zero_snr=True),  # it uses 2^-24 instead of 0
         diffusers.DDIMScheduler(num_train_timesteps=2, trained_betas=[0.5, 1.0]),
     ],
     ids=["DDIM", "Euler", "trained_betas"],
@@ -238,7 +238,7 @@ def test_min_snr_weights_at_known_ratios():
 
 @pytest.mark.parametrize("scheduler", [SCHEDULE, ZERO], ids=["standard", "zero"])
 def test_min_snr_weights_are_finite_and_consistent_between_predictions(scheduler):
-    """The same error in x0 costs the same in every parametrisation: that is what the divisors are for."""
+    """The same error in x0 has the same loss in every parametrization, which the divisors ensure."""
     t = torch.arange(STEPS)
     alphas = scheduler.alphas_cumprod.double()
     snr = alphas / (1 - alphas)
@@ -264,13 +264,13 @@ def test_loss_is_a_weighted_mean_square_for_each_image():
 
 # ---------------------------------------------------------------- draws
 def draws(count, *, position=0, seed=0, slots=None, **settings):
-    """Draws of a whole batch, or of some slots of it."""
+    """Return the random draws of a whole batch, or of some slots of it."""
     settings = schema.ObjectiveConfig(**settings)
     return objective.draw(settings, seed, position, count, range(count) if slots is None else slots)
 
 
 def pixels(found):
-    """Two normals of each image, and one with offset noise; all N x 2 x 3 x 5, no multiple of 16 values."""
+    """Return two normals per image, and one with offset noise, each N x 2 x 3 x 5 (not a multiple of 16 values)."""
     return torch.cat([objective.normals(found, 2, (2, 3, 5), "cpu", offset) for offset in (0.0, 0.5)])
 
 
@@ -332,7 +332,7 @@ def test_timesteps_of_each_image_of_a_batch_are_uniform(kind):
     times = torch.stack([draws(4, position=4 * i, timesteps=kind).time for i in range(4000)])
     for place in range(4):
         assert scipy.stats.kstest(times[:, place], "uniform").pvalue > 1e-4
-    sums = times.sum(1).var()  # of 4 independent uniform numbers 4 / 12; of one in each quarter 4 / 12 / 16
+    sums = times.sum(1).var()  # 4 / 12 for 4 independent uniform numbers; 4 / 12 / 16 for one in each quarter
     assert sums == pytest.approx({"uniform": 1 / 3, "stratified": 1 / 48}[kind], rel=0.1)
 
 
@@ -343,7 +343,7 @@ def test_logit_normal_timesteps_have_normal_logits(mean, std):
     assert scipy.stats.kstest(torch.logit(time), "norm", args=(mean, std)).pvalue > 1e-4
     assert torch.logit(time).mean() == pytest.approx(mean, abs=4 * std / math.sqrt(20_000))
     assert torch.logit(time).std() == pytest.approx(std, rel=0.03)
-    quantiles = scipy.stats.norm.ppf(draws(20_000).time)  # in the order of the uniform ones
+    quantiles = scipy.stats.norm.ppf(draws(20_000).time)  # in the order of the uniform draws
     torch.testing.assert_close(torch.logit(time), torch.from_numpy(mean + std * quantiles), atol=1e-9, rtol=1e-9)
 
 
@@ -392,7 +392,7 @@ def test_offset_noise_is_independent_of_the_noise():
 
 
 def test_offset_noise_applies_only_to_the_first_normals():
-    """The others are of the autoencoder's posterior, which has no offset."""
+    """The second normals sample the autoencoder's posterior, which has no offset."""
     found = draws(4)
     noise, other = objective.normals(found, 2, (4, 3, 3), "cpu")
     shifted, same = objective.normals(found, 2, (4, 3, 3), "cpu", 0.5)
@@ -402,7 +402,7 @@ def test_offset_noise_applies_only_to_the_first_normals():
 
 
 def test_noise_is_the_same_for_precomputed_latents():
-    """Without them a second normal is drawn, for the posterior."""
+    """Without precomputed latents, a second normal is drawn for the posterior."""
     found = draws(4)
     alone, first = (objective.normals(found, count, (4, 3, 5), "cpu")[0] for count in (1, 2))
     assert torch.equal(alone, first)

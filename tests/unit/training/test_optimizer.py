@@ -1,4 +1,4 @@
-"""Optimizers whose state is there from the start and known by name; the learning rate of each step in closed form."""
+"""Tests of optimizers with an initial state by parameter name, and of learning rates in closed form."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_cosine_decays_to_its_final_value():
     for step in (60, 75, 99, 100):
         expected = 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 50) / 50)) / 2)
         assert learning_rate(step, 100, falling) == pytest.approx(expected)
-    assert learning_rate(500, 100, falling) == pytest.approx(0.2)  # past its end it stays
+    assert learning_rate(500, 100, falling) == pytest.approx(0.2)  # after the end it stays constant
 
 
 # ---------------------------------------------------------------- registries

@@ -1,4 +1,4 @@
-"""Replicated or sharded, a training is the same; each rank of a sharded one holds its share only. Two real ranks."""
+"""Tests of DDP and FSDP on two ranks: the same training, and a sharded state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def network(params: dict, seed: int = 0) -> diffusers.UNet2DConditionModel:
 
 
 def images(step: int, rows: slice) -> tuple[torch.Tensor, ...]:
-    """Inputs of a step's images: latents, times, text, goal."""
+    """Return the inputs of a step: latents, timesteps, text states and target."""
     g = torch.Generator().manual_seed(step)
     x, goal = torch.randn(2, 4, 4, 16, 16, generator=g)
     return x[rows], torch.tensor([0, 300, 600, 900])[rows], torch.randn(4, 16, 32, generator=g)[rows], goal[rows]
@@ -36,7 +36,7 @@ def backward(model, step: int, rows: slice, share: int = 1) -> None:
 
 
 class Training:
-    """A UNet, its optimizer and average, and the checkpoints of it all."""
+    """A UNet with optimizer, EMA and checkpoints."""
 
     def __init__(self, folder, strategy: str, size: int, params: dict, seed: int = 0):
         self.unet = network(params, seed)
@@ -50,7 +50,7 @@ class Training:
         )
 
     def step(self, number: int, rows: slice) -> float:
-        """One optimizer step; returns the norm of its gradient."""
+        """Take one optimizer step; return the gradient norm."""
         with parallel.reduce_gradients(self.model, now=True):
             backward(self.model, number, rows)
         norm = parallel.clip_gradients(self.unet, 1.0).item()
@@ -60,7 +60,7 @@ class Training:
         return norm
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole weights, raw and averaged."""
+        """Return the unsharded weights, raw and averaged."""
         raw = parallel.plain_unet(self.unet, main=True).state_dict()
         with self.ema.applied(self.unet):
             averaged = parallel.plain_unet(self.unet, main=True).state_dict()
@@ -68,7 +68,7 @@ class Training:
 
 
 def learn(rank: int, folder, strategy: str, params: dict, start: int, stop: int, save: bool):
-    """Train two ranks from step `start`, read from the folder, to `stop`; returns weights, norms and sizes."""
+    """Train a rank from the checkpoint at step `start` to `stop`; return weights, norms and sizes."""
     training = Training(folder, strategy, 2, params, seed=0 if start == 0 else 9)
     if start:
         training.saves.load(start)
@@ -85,7 +85,7 @@ def learn(rank: int, folder, strategy: str, params: dict, start: int, stop: int,
 
 
 def alone(params: dict, folder, start: int, stop: int) -> tuple[dict, list[float]]:
-    """The same in one process, all four images at once."""
+    """Train in one process, with all four images at once."""
     training = Training(folder, "ddp", 1, params, seed=0 if start == 0 else 9)
     if start:
         training.saves.load(start)
@@ -101,7 +101,7 @@ def close(a: dict, b: dict, **tolerance) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny_unet_params, tmp_path_factory):
-    """strategy -> (folder with a checkpoint at step 2, what each rank returned)."""
+    """Return strategy -> (folder with a checkpoint at step 2, results of each rank)."""
     found = {}
     for strategy in ("ddp", "fsdp"):
         folder = tmp_path_factory.mktemp(strategy)
@@ -132,7 +132,7 @@ def test_each_strategy_resumes_from_checkpoints_of_the_other(trained, tiny_unet_
 
 
 def accumulate(rank: int, strategy: str, params: dict):
-    """Two micro-batches a rank: whether the first exchanged anything, and the gradient of both."""
+    """Return a gradient after the first of two micro-batches, and after both."""
     unet = network(params)
     model = parallel.spread(unet, strategy, 2, CPU)
     with parallel.reduce_gradients(model, now=False):
@@ -156,7 +156,7 @@ def test_gradients_are_reduced_only_after_the_last_micro_batch(tiny_unet_params,
     if strategy == "ddp":
         assert not torch.allclose(lone0, lone1, rtol=0.1)
     else:
-        assert lone0 is None and lone1 is None  # sharded gradients come into being at the exchange
+        assert lone0 is None and lone1 is None  # sharded gradients exist only after the reduction
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 2.0, None])
@@ -170,7 +170,7 @@ def test_gradients_are_clipped_to_the_largest_norm(max_norm):
 
 
 def start_average(rank: int, params: dict):
-    """A sharded average that starts from other weights, whole; and the UNet that it is applied to."""
+    """Return the UNet's unsharded weights while a sharded EMA of other weights is applied, and afterwards."""
     unet = network(params)
     parallel.spread(unet, "fsdp", 2, CPU)
     ema = Ema(unet, 0.5)
@@ -196,7 +196,7 @@ def test_compiled_unet_gives_the_same_gradients(tiny_unet_params, how):
     torch._dynamo.config.suppress_errors = False
     plain, compiled = network(tiny_unet_params), network(tiny_unet_params)
     with pytest.MonkeyPatch.context() as patch:
-        # the eager backend traces as any other does; to generate code takes minutes on a CPU
+        # the eager backend traces like the others; generating code takes minutes on a CPU
         compile_of = torch.nn.Module.compile
         patch.setattr(torch.nn.Module, "compile", lambda module, **how: compile_of(module, backend="aot_eager", **how))
         parallel.compile_model(compiled, how)
@@ -215,7 +215,7 @@ def test_blocks_are_resnets_and_transformers(tiny_unet_params):
 # ---------------------------------------------------------------- micro-batches that fit
 @pytest.fixture
 def gpu(monkeypatch):
-    """Stands in for the memory of a GPU of 100 bytes: gpu(images) uses 12 a piece."""
+    """Simulate the memory of a GPU of 100 bytes: gpu(images) uses 12 bytes per image."""
     used = [0]
     properties = type("Properties", (), {"total_memory": 100})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

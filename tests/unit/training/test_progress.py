@@ -1,4 +1,4 @@
-"""Counts and losses come back with a checkpoint; a rollback goes on with other data, and not for ever."""
+"""Tests of training counters: they are restored from checkpoints; rollbacks use other data and are limited."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdtrain.training.progress import Progress
 
 @pytest.fixture
 def saved(tmp_path):
-    """Progress over two kinds of losses, saved at 80 images in the midst of a bad streak; and its checkpoints."""
+    """Return progress with two kinds of losses, saved at 80 images after a skipped step, and its checkpoints."""
     progress = Progress(2)
     checkpoints = Checkpoints(tmp_path, progress.state)
     progress.learn([3.0, 1.0], [2.0, 2.0])
@@ -58,12 +58,12 @@ def test_rollback_continues_with_other_data_and_keeps_the_counts(saved):
     assert progress.roll_back(checkpoints, 110, limit=2) == 80
     assert (progress["moved"], progress["rollbacks"], progress["tries"]) == (30, 1, 1)
     assert (progress["updates"], progress["skipped"], progress["in_a_row"]) == (1, 2, 0)
-    assert progress.take_losses() == (1.0, [1.5, 0.5])  # the window of the checkpoint
+    assert progress.take_losses() == (1.0, [1.5, 0.5])  # the losses since the last log line before the checkpoint
     progress.skip()
     assert progress.roll_back(checkpoints, 100, limit=2) == 80
     assert (progress["moved"], progress["rollbacks"], progress["tries"], progress["skipped"]) == (50, 2, 2, 3)
     with pytest.raises(CheckpointError, match="after 2 rollbacks to the checkpoint at 80 .*; lower .*learning_rate"):
         progress.roll_back(checkpoints, 100, limit=2)
-    progress.learn([1.0, 1.0], [1.0, 1.0])  # after an update it may try again
+    progress.learn([1.0, 1.0], [1.0, 1.0])  # after an update, further rollbacks are allowed
     assert progress.roll_back(checkpoints, 100, limit=2) == 80
     assert (progress["moved"], progress["tries"], progress["rollbacks"]) == (70, 1, 3)

@@ -1,4 +1,4 @@
-"""The log holds each image once whatever interrupted it, FLOPs are those of theory, the wandb key reaches no file."""
+"""Tests of telemetry: the log after interruptions, counted FLOPs, and a wandb key that is in no file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_log_entries_are_written_immediately(tmp_path):
     telemetry = Telemetry(log, total=40)
     entry = telemetry.log(10, {"loss": 0.123456789, "lr": 1.0})
     assert entry["loss"] == 0.123456789 and entry["images_per_second"] > 0
-    assert lines(log)[0]["loss"] == 0.123457  # before close
+    assert lines(log)[0]["loss"] == 0.123457  # already before close()
     telemetry.log(20, {"loss": 0.5})
     telemetry.close()
     assert [line["images"] for line in lines(log)] == [10, 20]
@@ -116,7 +116,7 @@ def test_progress_is_printed_as_lines_without_a_terminal(capfd):
     telemetry = Telemetry(None, total=2000, start=1000, label="demo/stage1")
     time.sleep(0.01)
     telemetry.log(1500, {"loss": 0.25})
-    telemetry.log(1600, {"loss": 0.25})  # not again within ten seconds
+    telemetry.log(1600, {"loss": 0.25})  # not printed: less than ten seconds later
     telemetry.log(2000, {"loss": 0.2})
     telemetry.close()
     said = capfd.readouterr().out.splitlines()
@@ -154,21 +154,21 @@ def test_rollback_removes_metrics_and_keeps_events(tmp_path):
     assert telemetry.log(20, {"loss": 2.0}, position=40)["images_per_second"] > 0
     found = [(line["images"], line.get("position"), line.get("loss")) for line in lines(tmp_path / "log")]
     assert found == [(10, None, 1.0), (30, None, None), (20, 40, 2.0)]
-    Telemetry(None, total=10).rewind(0)  # a rank without a file
+    Telemetry(None, total=10).rewind(0)  # a rank that writes no file
 
 
 MEASURED = {"images_per_second", "images_per_second_per_gpu", "memory_gb"}
 
 
 class Killed(Exception):
-    """The end of a training between two of its actions."""
+    """Raised to end a training between two of its actions."""
 
 
 def train(log: Path, saved: dict, budget: int) -> None:
-    """A training of 100 images in steps of 10 that can do `budget` things; `saved` is its checkpoint.
+    """Train 100 images in steps of 10 and raise Killed after `budget` actions; `saved` is its checkpoint.
 
     It saves every 20 images. Data at positions 50..70 and 110..130 give no finite loss; after two such steps in a row
-    it goes back to its checkpoint and on with the data that follow.
+    it returns to its checkpoint and continues with the following data.
     """
     state = copy.deepcopy(saved)
     telemetry = Telemetry(log, total=100, start=state["images"], position=state["position"])
@@ -203,7 +203,7 @@ def train(log: Path, saved: dict, budget: int) -> None:
 
 
 def what_is_logged(folder: Path, budgets: list[int]) -> tuple[list[dict], int]:
-    """The log of a training that is killed after so many actions, and then after so many; and how often it was."""
+    """Return the log of a training that is killed after each of these numbers of actions, and the number of kills."""
     folder.mkdir()
     saved, kills = {"images": 0, "position": 0, "in_a_row": 0}, 0
     for budget in [*budgets, 10**9]:
@@ -218,7 +218,7 @@ def what_is_logged(folder: Path, budgets: list[int]) -> tuple[list[dict], int]:
 def test_killed_training_has_the_same_log_as_an_uninterrupted_one(tmp_path):
     whole, _ = what_is_logged(tmp_path / "whole", [])
     metrics = [line for line in whole if "event" not in line]
-    assert [line["images"] for line in metrics] == [*range(10, 110, 10)]  # each image once, in its last version
+    assert [line["images"] for line in metrics] == [*range(10, 110, 10)]  # each image once, as trained last
     events = [
         (line["event"], line["images"], line.get("position", line["images"])) for line in whole if "event" in line
     ]
@@ -249,7 +249,7 @@ def test_flops_of_stable_diffusion_have_the_known_values(side, gflops):
 
 
 def test_attention_is_counted_forward_and_backward(unet):
-    """One more text token costs its keys and values (weights' gradients too) and its part of the attention, thrice."""
+    """One more text token adds its keys and values (with weight gradients) and its share of the attention, 3 times."""
     places = [(16, 64)] * 3 + [(32, 16)]  # channels and pixels of the cross-attentions
     expected = sum(4 * 2 * 32 * c + 3 * 2 * 2 * pixels * c for c, pixels in places)
     assert training_flops(unet, (4, 8, 8), (17, 32)) - training_flops(unet, (4, 8, 8), (16, 32)) == expected
@@ -269,7 +269,7 @@ def test_flops_do_not_depend_on_kernel_checkpointing_or_precision(unet):
 def test_flops_exclude_gradients_of_frozen_weights(unet):
     full = training_flops(unet, (4, 8, 8), (16, 32))
     unet.requires_grad_(False).add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    assert 0.6 < training_flops(unet, (4, 8, 8), (16, 32)) / full < 0.8  # a forward pass and half of a backward
+    assert 0.6 < training_flops(unet, (4, 8, 8), (16, 32)) / full < 0.8  # a forward pass and half of a backward pass
 
 
 def test_flops_that_cannot_be_counted_are_a_warning(tiny_unet_params):
@@ -340,13 +340,13 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    """No key and no mode, no network, and nothing that wandb remembers of before."""
+    """Set an environment without wandb key, mode and network, and without earlier wandb settings."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.setenv(name, "")  # so that it is restored, whatever the code under test sets
+        monkeypatch.setenv(name, "")  # so that it is restored after the code under test sets it
         monkeypatch.delenv(name)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]  # closed from here on
+        port = listener.getsockname()[1]  # the server is closed from here on
     settings = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_INIT_TIMEOUT": "2", "HOME": str(tmp_path / "home")}
     settings |= {"NETRC": str(tmp_path / "home/netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "home/config")}
     (tmp_path / "home").mkdir()
@@ -365,13 +365,13 @@ def stage(folder, **wandb):
 
 
 def assert_not_written(folder: Path) -> None:
-    """The key is in no file under a folder."""
+    """Assert that no file below a folder contains the key."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert files and not [file for file in files if SECRET.encode() in file.read_bytes()]
 
 
 def records(folder: Path) -> list:
-    """What an offline run wrote: records in the format of LevelDB's log, in blocks of 32 KiB, after a header."""
+    """Return the records of an offline run, stored as a LevelDB log in blocks of 32 KiB after a header."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, place, whole, found = file.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
@@ -381,14 +381,14 @@ def records(folder: Path) -> list:
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         whole += data[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # the whole of one, or its last part
+        if kind in (1, 4):  # a complete record, or its last part
             found.append(wandb_internal_pb2.Record.FromString(whole))
             whole = b""
     return found
 
 
 def history(folder: Path) -> list[dict]:
-    """The entries of an offline run."""
+    """Return the log entries of an offline run."""
     rows = [record.history for record in records(folder) if record.WhichOneof("record_type") == "history"]
     return [{"/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
 

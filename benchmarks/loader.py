@@ -98,13 +98,13 @@ def difference(dataset: ImageDataset, path: str) -> float:
 
 # ---------------------------------------------------------------- memory
 def peak() -> float:
-    """Return the peak memory of this process in MB. (getrusage counts the parent's before the start.)"""
+    """Return the peak memory of this process in MB. (getrusage would include that of the parent.)"""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def walk(manifest: str) -> None:
-    """Read samples all along an epoch; print this process's peak of memory, and how much of it is the walk's, in MB."""
+    """Read samples across an epoch; print this process's peak memory, and the part due to reading, in MB."""
     before = peak()
     dataset = LatentDataset(manifest, window=WINDOW)
     for position in range(0, len(dataset), len(dataset) // READ):
@@ -113,7 +113,7 @@ def walk(manifest: str) -> None:
 
 
 def memory(folder: Path, tar: Path, count: int) -> tuple[float, float]:
-    """Return the peak memory in MB of a process that walks an epoch of `count` linked shards, and the walk's part."""
+    """Return the peak MB of a process that reads an epoch of `count` linked shards, and the part of reading."""
     links = [folder / f"{count}-{i:05d}.tar" for i in range(count)]
     for link in links:
         os.link(tar, link)
@@ -132,7 +132,7 @@ def main() -> None:
         paths = write_shards(folder)
         images, latents = ImageDataset(paths["images"], RESOLUTION), LatentDataset(paths["latents"])
         ratios, gains = [], []
-        for round_ in range(ROUNDS):  # in turn, so that a machine that slows down slows all
+        for round_ in range(ROUNDS):  # alternately, so that a slower machine slows all
             w = rate(plain(paths["tar"]), IMAGES)
             i = rate(batches(images, BATCH), IMAGES)
             z = rate(batches(latents, BATCH), LATENTS)

@@ -48,7 +48,7 @@ def write_table(path: Path, rows: int) -> None:
                 np.char.add("https://images.example.org/products/", numbers), "/large_1024x1024.jpg?v=1571609590"
             )
             watermark = pa.array(scores[3], mask=scores[2] < 0.02)
-            texts = pc.binary_join_element_wise(captions[:n], pa.array(numbers), " ")  # no two alike
+            texts = pc.binary_join_element_wise(captions[:n], pa.array(numbers), " ")  # all different
             columns = [urls, texts, languages[rng.integers(0, 3, n)], width, height, hashes, *scores[:3], watermark]
             file.write(pa.table(columns, schema=file.schema))
 

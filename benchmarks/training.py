@@ -1,8 +1,8 @@
-"""The training step side by side with what it replaces, on this machine's CPU; on its GPU too, where there is one.
+"""Compare the training step with its alternatives, on this machine's CPU, and on its GPU if it has one.
 
-DDP and FSDP2 on two real ranks, a background save and torch.save, the moving average and diffusers', the whole step
-and a plain loop of diffusers' parts. On a GPU: the UNet of configs/sd-v1.yaml at 256 px with each switch on and off,
-from latents and text states that lie ready, so that nothing but the step counts.
+DDP and FSDP2 on two ranks; a background save and torch.save; the EMA and that of diffusers; the whole step and a plain
+loop of diffusers' components. On a GPU: the UNet of configs/sd-v1.yaml at 256 px with each setting on and off, from
+prepared latents and text states, so that only the step is measured.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from sdtrain.training.ema import Ema, trainable
 from sdtrain.training.optimizer import build_optimizer, state_by_name
 from sdtrain.training.step import Gradient, Sizes, all_reduce_report, apply_gradient, compute_gradient
 
-M_MMAP_THRESHOLD = -3  # of mallopt
+M_MMAP_THRESHOLD = -3  # option of mallopt
 CPU, ALONE = torch.device("cpu"), distributed.World(0, 1, 0, "single")
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion 1's
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # of Stable Diffusion 1
 ROUNDS, BATCH, SIDE, TOKENS = 5, 4, 16, 16
 SMALL = {  # 35 M weights
     "sample_size": SIDE,
@@ -46,7 +46,7 @@ SMALL = {  # 35 M weights
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
-LATENTS_256, STATES_77, SWEEP = 32, 77, (16, 32, 64, 128, 256)  # latents of sd-v1, tokens; images a micro-batch
+LATENTS_256, STATES_77, SWEEP = 32, 77, (16, 32, 64, 128, 256)  # side of the latents, tokens, images per micro-batch
 SWITCHES = {"bf16": True, "channels_last": True, "fused": True, "compile": "blocks", "checkpointing": False}
 CHANGES = (
     {"compile": None},
@@ -60,7 +60,7 @@ CHANGES = (
 
 # ---------------------------------------------------------------- the two loops
 def inputs(unet: nn.Module, images: int, side: int, tokens: int, device: torch.device, seed: int) -> dict:
-    """Random latents and text states, as a LatentDataset with cached text gives them."""
+    """Return random latents and text states, like those of a LatentDataset with cached text."""
     random = torch.Generator().manual_seed(seed)
     latents = torch.randn(images, unet.config.in_channels, side, side, generator=random)
     text = torch.randn(images, tokens, unet.config.cross_attention_dim, generator=random)
@@ -112,12 +112,12 @@ class Ours(DiffusionTask):
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict:
-        """What a checkpoint holds."""
+        """Return the state that a checkpoint contains."""
         moments = state_by_name(self.optimizer, self.module)
         return {"unet": trainable(self.module), "optimizer": moments, "ema": self.ema.weights}
 
     def bytes(self) -> int:
-        """Of this rank's weights, gradients, moments and average."""
+        """Return the bytes of this rank's weights, gradients, optimizer state and EMA."""
         weights = list(self.module.parameters())
         moments = [t for w in weights for t in self.optimizer.state[w].values()]
         held = [*weights, *(w.grad for w in weights), *moments, *self.ema.weights.values()]
@@ -125,7 +125,7 @@ class Ours(DiffusionTask):
 
 
 class Plain:
-    """The loop that diffusers' examples teach: one process, its scheduler's noise, torch's AdamW, its EMAModel."""
+    """The loop of diffusers' examples: one process, noise of its scheduler, torch's AdamW, its EMAModel."""
 
     def __init__(self, params: dict, images: int, side: int, tokens: int, device=CPU, bf16=False):
         torch.manual_seed(0)
@@ -137,7 +137,7 @@ class Plain:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def step(self) -> float:
-        """One optimizer step of one micro-batch; returns its loss."""
+        """Take one optimizer step of one micro-batch; return its loss."""
         latents, text = self.batch["latents"], self.batch["text"]
         noise = torch.randn_like(latents)
         t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
@@ -154,12 +154,12 @@ class Plain:
 
 # ---------------------------------------------------------------- two ranks
 def memory(key: str) -> int:
-    """Bytes of this process's memory: VmRSS, what it has, or VmHWM, the peak."""
+    """Return this process's memory in bytes: VmRSS, the present one, or VmHWM, the peak."""
     return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent) -> None:
-    """One of two ranks: a step whenever the parent says so, then what it took.
+    """Run one of two ranks: take a step at each request of the parent, then send the measurements.
 
     Blocks of more than `threshold` bytes go back to the system when they are freed; None leaves it to glibc.
     """
@@ -174,7 +174,7 @@ def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent
         distributed.barrier()
         begin = time.perf_counter()
         loss = training.backward()
-        held = held or training.bytes()  # with its gradients
+        held = held or training.bytes()  # while gradients exist
         training.update()
         parent.send((loss, time.perf_counter() - begin))
     peak, zeros = memory("VmHWM") - before, torch.zeros(QUARTILES, dtype=torch.float64)
@@ -185,26 +185,26 @@ def rank(number: int, strategy: str, meeting: str, threshold: int | None, parent
 
 
 def pair(strategy: str, folder: str, threshold: int | None) -> list:
-    """Start two ranks in processes of their own; returns the pipes that lead to them."""
+    """Start two ranks in separate processes; return the pipes to them."""
     context, pipes = multiprocessing.get_context("fork"), []
     for number in range(2):
         here, there = context.Pipe()
         arguments = (number, strategy, f"{folder}/{strategy}", threshold, there)
         context.Process(target=rank, args=arguments, daemon=True).start()
-        there.close()  # so that the end of a rank is the end of the pipe
+        there.close()  # so that the pipe ends when the rank ends
         pipes.append(here)
     return pipes
 
 
 def ask(pipes: list, more: bool) -> list:
-    """Let both ranks take a step, or end; returns their answers."""
+    """Let both ranks take a step, or end; return their answers."""
     for pipe in pipes:
         pipe.send(more)
     return [pipe.recv() for pipe in pipes]
 
 
 def run_pairs(steps: int, threshold: int | None = None) -> tuple[dict, dict]:
-    """Steps of FSDP2 and of DDP on two ranks, in turn: loss and seconds of each; and what the ranks took."""
+    """Run steps of FSDP2 and DDP on two ranks alternately; return loss and seconds of each, and the measurements."""
     found = {"fsdp": [], "ddp": []}
     with tempfile.TemporaryDirectory() as folder:
         pairs = {name: pair(name, folder, threshold) for name in found}
@@ -215,11 +215,11 @@ def run_pairs(steps: int, threshold: int | None = None) -> tuple[dict, dict]:
 
 
 def compare_strategies() -> None:
-    """FSDP2 and DDP. Peaks twice, since glibc keeps much of what is freed: as it is, and with all of it given back."""
+    """Compare FSDP2 and DDP, with and without returning freed memory to the system, since glibc keeps much of it."""
     found, ends = run_pairs(ROUNDS + 1)
     returned = run_pairs(3, threshold=65536)[1]
     for what, key, measured in (
-        ("weights, gradients, moments, average, MB a rank", "held", ends),
+        ("weights, gradients, optimizer, EMA: MB a rank", "held", ends),
         ("peak memory, MB a rank", "peak", ends),
         ("  where what is freed is given back", "peak", returned),
     ):
@@ -233,27 +233,27 @@ def compare_strategies() -> None:
 
 # ---------------------------------------------------------------- one process
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of a call."""
+    """Return the wall time of a call."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def in_turn(*works: Callable[[], object]) -> list[list[float]]:
-    """Wall times of each call, in turn, so that a machine that slows down slows all; the first round warms up."""
+    """Return wall times of alternating calls, so that a slower machine slows all; the first round is a warm-up."""
     rounds = [[seconds(work) for work in works] for _ in range(ROUNDS + 1)]
     return [list(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def row(what: str, ours: tuple[list[float], str], others: tuple[list[float], str]) -> None:
-    """A line of the table: medians of numbers and what they are of, and the median of the ratios round by round."""
+    """Print a line of the table: labelled medians, and the median of the ratios per round."""
     ratio = statistics.median(a / b for a, b in zip(ours[0], others[0], strict=True))
     sides = (f"{statistics.median(numbers):10.4g} {name:17}" for numbers, name in (ours, others))
     print(f"{what:48}", *sides, f"{ratio:5.2f}", flush=True)
 
 
 def compare_loops() -> Ours:
-    """The whole step and its moving average; returns ours."""
+    """Compare the whole step and the EMA with the plain loop; return our training."""
     ours, plain = Ours(SMALL, BATCH, SIDE, TOKENS), Plain(SMALL, BATCH, SIDE, TOKENS)
     rates = [[BATCH / taken for taken in times] for times in in_turn(ours.step, plain.step)]
     row("images a second of one process", (rates[0], "our step"), (rates[1], "plain loop"))
@@ -267,15 +267,15 @@ def compare_loops() -> Ours:
 
 
 def compare_saves(training: Ours) -> None:
-    """A save in the background, which goes to the disk, and torch.save, which leaves that to the system.
+    """Compare a background save, which reaches the disk, and torch.save, which leaves that to the system.
 
-    How long the loop stands still; and the processor time of all threads, which it lacks where no core is idle.
+    Measure how long the loop is blocked, and the processor time of all threads (lost to the loop if no core is idle).
     """
 
     def background() -> float:
         begin = seconds(lambda: saves.save(next(numbers)))
         while not saves.settled():
-            time.sleep(0.01)  # the loop would go on
+            time.sleep(0.01)  # here the loop would continue
         return begin + seconds(saves.finish)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -299,11 +299,11 @@ def sd_v1_unet() -> dict:
 
 
 def speed(pipe, kind: type, images: int, steps: int, switches: dict) -> None:
-    """Images a second, MFU and bytes at their peak of the UNet of sd-v1 at 256 px, to the pipe; None for too many."""
+    """Send images/s, MFU and peak bytes of sd-v1's UNet at 256 px to the pipe, or None if the batch is too large."""
     device, params = distributed.only_device(), sd_v1_unet()
     try:
         training = kind(params, images, LATENTS_256, STATES_77, device, **switches)
-        for _ in range(5):  # the first compiles
+        for _ in range(5):  # the first step compiles
             training.step()
         torch.cuda.synchronize()
         taken = seconds(lambda: ([training.step() for _ in range(steps)], torch.cuda.synchronize()))
@@ -317,7 +317,7 @@ def speed(pipe, kind: type, images: int, steps: int, switches: dict) -> None:
 
 
 def gpu_row(kind: type, images: int, steps: int, name: str, switches: dict, plain: float | None) -> float | None:
-    """A line of the GPU's table, measured in a process of its own; returns images a second."""
+    """Print a line of the GPU's table, measured in a separate process; return images/s."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     context.Process(target=speed, args=(there, kind, images, steps, switches), daemon=True).start()
@@ -332,7 +332,7 @@ def gpu_row(kind: type, images: int, steps: int, name: str, switches: dict, plai
 
 
 def compare_on_gpu(steps: int) -> None:
-    """The whole UNet of sd-v1: the plain loop, each switch turned over, then the micro-batch."""
+    """Compare on the UNet of sd-v1: the plain loop, each setting reversed, then micro-batch sizes."""
     print(
         f"\n{torch.cuda.get_device_name()}, UNet of sd-v1, 256 px, {steps} steps; all on: bf16, channels_last, fused,"
     )

@@ -1,12 +1,12 @@
 #!/bin/bash
 # A SLURM cluster on this machine, for the tests: `cluster.sh up`, `cluster.sh down`, as root, with the packages munge,
-# slurmctld, slurmd and slurm-client. Every node is a slurmd with a network and a host name of its own, on a bridge that
-# leads nowhere else: a rank that takes `localhost` for its master fails here as it does on a real cluster. Its GPUs are
-# character devices that do nothing. The last node sees an empty $DIR/private, a folder of which the others see the same:
-# what is not shared, or is late. `cluster.sh node N` starts one node's slurmd again.
+# slurmctld, slurmd and slurm-client. Every node is a slurmd with its own network namespace and host name, on an isolated
+# bridge. A rank that uses `localhost` as its master address therefore fails, as on a real cluster. The GPUs are character
+# devices without function. All nodes but the last share $DIR/private; the last one has an empty folder in its place, for
+# tests of files that are missing or late on a node. `cluster.sh node N` starts the slurmd of one node again.
 set -euo pipefail
 DIR=/var/tmp/sd-training-slurm
-CONF=/etc/slurm/slurm.conf # the plugin's job steps lose SLURM_CONF, so it is the default place
+CONF=/etc/slurm/slurm.conf # the default path, since the plugin's job steps lose SLURM_CONF
 NODES=16 CPUS=48 GPUS=8 NET=10.77.0 MARK="# sd-training test cluster"
 PIDS=$DIR/pids
 unset "${!SLURM_@}"
@@ -41,17 +41,17 @@ up() {
     wait_for 60 nodes_are_idle "$NODES"
 }
 
-# Ends the daemons that `up` started, by their process ids, and what they ran; then takes all that it made away.
+# End the daemons that `up` started, by their process ids, and their jobs; then remove everything that `up` created.
 down() {
     [[ -e $PIDS ]] || return 0
     timeout 10 scancel --user=root --full 2>/dev/null && sleep 1
     local steps=()
-    mapfile -t steps < <(pgrep -f "^slurmstepd: \[" || true) # of this machine's only cluster
+    mapfile -t steps < <(pgrep -f "^slurmstepd: \[" || true) # all belong to this cluster, the only one on the machine
     for signal in TERM KILL; do
         for pid in $(tac "$PIDS") "${steps[@]}"; do ours "$pid" && kill -"$signal" "$pid" 2>/dev/null; done
         for _ in $(seq 50); do any_alive || break; sleep 0.1; done
     done
-    for n in $(seq "$NODES"); do # with what its jobs have left in it
+    for n in $(seq "$NODES"); do # with processes that jobs left in it
         for pid in $(ip netns pids "sd-n$n" 2>/dev/null); do kill -KILL "$pid" 2>/dev/null || true; done
         ip link delete "sd-v$n" 2>/dev/null || true
         ip netns delete "sd-n$n" 2>/dev/null || true
@@ -97,7 +97,7 @@ SlurmctldPidFile=$DIR/run/slurmctld.pid
 SlurmdPidFile=$DIR/run/slurmd.%n.pid
 SlurmctldLogFile=$DIR/log/slurmctld.log
 SlurmdLogFile=$DIR/log/slurmd.%n.log
-# No cgroups, no systemd, no binding: what exceeds its memory is found by looking every second
+# No cgroups, systemd or binding: memory use is polled every second
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/linux
@@ -141,7 +141,7 @@ start_node() {
     start "n$1" slurmd -D -N "n$1"
 }
 
-# start HOST COMMAND…: a daemon in the host's network, under its name
+# start HOST COMMAND…: start a daemon in the host's network, under the host's name
 start() {
     local host=$1 enter=(unshare --uts)
     shift
@@ -157,7 +157,7 @@ controller_is_up() { scontrol ping | grep -q 'is UP'; }
 nodes_are_idle() { [[ $(sinfo -h -N -p cpu -t idle -o %N | sort -u | wc -l) -eq $1 ]]; }
 die() { echo "error: $*" >&2 && exit 1; }
 
-# wait_for SECONDS COMMAND…: until it succeeds
+# wait_for SECONDS COMMAND…: repeat the command until it succeeds
 wait_for() {
     local tries=$(($1 * 10))
     shift

@@ -143,7 +143,7 @@ def test_random_rows_depend_only_on_the_seed(select):
     urls = train["url"].to_pylist()
     assert urls == [url for url in rows()["url"].to_pylist() if url in set(urls)], "the table's order is kept"
     (again, _, _), _ = select(config, row_group_size=7)
-    assert again.equals(train), "whatever the batches"
+    assert again.equals(train), "the batch size has no effect"
     (other, _, _), _ = select(config | {"seed": 6})
     assert not other.equals(train)
     (train, held_out, yields), _ = select({"rows": 200, "held_out": {"fraction": 0.5}})
@@ -163,7 +163,7 @@ def test_every_row_is_equally_likely():
 def test_fewer_rows_than_requested_are_kept_with_a_message(select):
     (train, _, yields), said = select({"filters": {"group": "flags"}, "rows": 1000})
     assert train.num_rows == yields["kept"] == 100
-    assert "1,000 rows at random asked for; only 100 are left, and all are kept" in said
+    assert "random rows requested: 1,000; only 100 are left, and all are kept" in said
 
 
 @pytest.mark.parametrize(

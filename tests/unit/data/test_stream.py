@@ -189,7 +189,7 @@ def test_a_shard_that_cannot_be_read_ends_the_training(tmp_path, monkeypatch, wo
         for copy in tmp_path.glob("c/*/passing/*"):
             copy.unlink()
         tar.rename(tmp_path / "away")
-        with pytest.raises(DataError, match=r"a\.tar: .*; once that is right, start again"):
+        with pytest.raises(DataError, match=r"a\.tar: .*; correct that, then run the command again"):
             keys(dataset, 1, batch_size=1, workers=workers)
         (tmp_path / "away").rename(tar)
     assert (tmp_path / "log").read_text().count("x") >= 1 + 3  # after two more attempts

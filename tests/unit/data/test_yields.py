@@ -29,7 +29,7 @@ def test_duplicates_rows_and_download_size_are_shown():
     assert show_selection(RESULT | more | sizes).splitlines()[4:] == [
         "rows without a url dropped: 3",
         "duplicates of url dropped: 4",
-        "2 rows at random asked for",
+        "random rows requested: 2",
         "kept 350: train 325, held out 25",
         "expected download: train 12.3 MB, held out 0 B (from b)",
     ]

@@ -220,7 +220,7 @@ def find_filesystem(files: list[str]) -> tuple[fs.FileSystem, list[str]]:
     if all(storage.is_local(file) for file in files):
         return fs.LocalFileSystem(), files
     if len({file.partition("://")[0] for file in files}) > 1:
-        raise TableError(f"{files[0]}, {files[-1]}: the tables must lie in one place; copy them together")
+        raise TableError(f"{files[0]}, {files[-1]}: tables must be on one file system; copy them to one")
     filesystem = storage.find_filesystem(files[0])[0]
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), [file.partition("://")[2] for file in files]
 

@@ -64,7 +64,7 @@ class TarShard(Shard):
             except OSError as error:
                 if (wait := next(waits, None)) is None:
                     reason = str(error).removeprefix(f"{self.name}: ")
-                    raise DataError(f"{self.name}: {reason}; once that is right, start again") from None
+                    raise DataError(f"{self.name}: {reason}; correct that, then run the command again") from None
                 time.sleep(wait)
 
     def _read_copy(self, begin: int, end: int) -> bytes:

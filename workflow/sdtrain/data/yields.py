@@ -26,7 +26,7 @@ def show_selection(result: Mapping[str, Any]) -> str:
         lines.append(f"duplicates of {duplicates['column']} dropped: {duplicates['dropped']:,}")
     if limit := result.get("rows_limit"):
         few = "" if result["kept"] >= limit else f"; only {result['kept']:,} are left, and all are kept"
-        lines.append(f"{limit:,} rows at random asked for{few}")
+        lines.append(f"random rows requested: {limit:,}{few}")
     lines.append(f"kept {result['kept']:,}: train {result['train']:,}, held out {result['held_out']:,}")
     if sizes := result.get("bytes"):
         train, held_out = show_bytes(sizes["train"]), show_bytes(sizes["held_out"])

@@ -25,11 +25,25 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 # Imports a script once; each line on its input, {"arguments", "ranks", "folder", "log"}, becomes processes that run it.
 FORKS = """
-import importlib, json, os, resource, signal, sys
+import fnmatch, gc, importlib, json, os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 script = importlib.import_module(sys.argv[2])
 import diffusers, transformers, torch.distributed.checkpoint, torch.distributed.fsdp
 diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTokenizer
+
+def pause_before(pattern):
+    paused = []
+
+    def pausing(change):
+        def call(*paths, **options):
+            if not paused and any(fnmatch.fnmatch(str(path), pattern) for path in paths):
+                paused.append(pattern)
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return change(*paths, **options)
+        return call
+
+    for name in ("replace", "rename", "unlink", "rmdir"):
+        setattr(os, name, pausing(getattr(os, name)))
 
 def become(job, rank):
     signal.alarm(100)
@@ -38,11 +52,14 @@ def become(job, rank):
     os.chdir(job["folder"])
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    if job["pause_before"] and not rank:
+        pause_before(job["pause_before"])
     if job["ranks"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
     script.main([f"{sys.argv[2]}.py", *job["arguments"]])
 
+gc.collect(), gc.freeze()  # else each process copies and searches what was imported
 for line in sys.stdin:
     job, children = json.loads(line), []
     for rank in range(job["ranks"]):
@@ -93,16 +110,31 @@ class Trainer:
         self.start(folder, *arguments, ranks=ranks, file_limit=file_limit)
         return self.wait()
 
-    def start(self, folder: Path, *arguments: str, ranks: int = 1, file_limit: int = 0) -> None:
-        """Start a training and set `pids`, the process ids of its ranks."""
+    def start(self, folder: Path, *arguments: str, ranks: int = 1, file_limit: int = 0, pause_before: str = "") -> None:
+        """Start a training and set `pids`, the process ids of its ranks.
+
+        With `pause_before`, rank 0 stops (SIGSTOP) before it first renames or deletes a path that matches the pattern.
+        """
         self.log.unlink(missing_ok=True)
         job = {"arguments": arguments, "ranks": ranks, "folder": str(folder), "log": str(self.log)}
+        job |= {"file_limit": file_limit, "pause_before": pause_before}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            job |= {"port": str(free.getsockname()[1]), "file_limit": file_limit}
+            job |= {"port": str(free.getsockname()[1])}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         self.pids = json.loads(self.server.stdout.readline())
+
+    def await_pause(self, deadline: float = 100.0) -> None:
+        """Wait until rank 0 has stopped at the change named by `pause_before`."""
+        end = time.monotonic() + deadline
+        while psutil.Process(self.pids[0]).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.005)
+
+    def resume(self) -> None:
+        """Continue rank 0 after a pause."""
+        os.kill(self.pids[0], signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill all ranks that still run with SIGKILL."""
@@ -112,7 +144,9 @@ class Trainer:
 
     def wait(self) -> Result:
         """Wait for the end of the training; return its result."""
-        return Result(json.loads(self.server.stdout.readline()), self.log.read_text())
+        codes = json.loads(self.server.stdout.readline())
+        self.pids = []  # from now on, other processes may get these ids
+        return Result(codes, self.log.read_text())
 
 
 @contextlib.contextmanager
@@ -121,7 +155,11 @@ def trainer(log: Path, script: str = "train") -> Iterator[Trainer]:
     command = [sys.executable, "-c", FORKS, str(SCRIPTS), script]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), **pipes) as server:
-        yield Trainer(server, log)
+        run = Trainer(server, log)
+        try:
+            yield run
+        finally:
+            run.kill()  # ranks that a failed test left
 
 
 # ---------------------------------------------------------------- results of a training

@@ -48,7 +48,7 @@ def whole(tmp_path_factory, server):
     return work, time.monotonic() - begin
 
 
-def test_every_hostile_answer_is_dropped_under_its_reason(work, server):
+def test_hostile_answers_are_dropped_and_counted_by_reason(work, server):
     good = ["redirect/0.png", "once/1.png", *(f"{i}.png" for i in range(2, 12))]
     work.select(good + [f"{manner}/{20 + i}.png" for i, manner in enumerate(MANNERS)])
     manifest, said = work.run(timeout=3, retries=1, max_aspect_ratio=5, samples_per_shard=8, threads=8)
@@ -58,7 +58,7 @@ def test_every_hostile_answer_is_dropped_under_its_reason(work, server):
     assert server.asked["/once/1.png"] > 1
 
 
-def test_killed_builds_end_as_an_uninterrupted_one(whole, work, server):
+def test_killed_builds_give_identical_shards(whole, work, server):
     """Kill build_shards, img2dataset, or both at random times; run the same command again at once."""
     expected, duration = whole
     chance = random.Random(0)
@@ -81,7 +81,7 @@ def test_killed_builds_end_as_an_uninterrupted_one(whole, work, server):
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_build_ends_its_img2dataset(work, server, signal_number):
+def test_stopped_build_ends_its_img2dataset(work, server, signal_number):
     """SIGTERM ends it, and so does a standstill: a killed worker, as by the kernel when memory is short, stops it."""
     driver = (
         "import signal, sys; from samples import load_script; from sdtrain.data import img2dataset;"
@@ -116,7 +116,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_build_resumes_after_a_kill_between_any_two_changes(whole, tmp_path):
+def test_build_resumes_after_a_kill_between_any_two_changes(whole, tmp_path):
     """After img2dataset is done: kill it before each replace and each unlink, then run it again."""
     shutil.copytree(whole[0].folder, tmp_path / "start")
     output = tmp_path / "start/shards/manifest.json"
@@ -135,6 +135,7 @@ def kill_everywhere(folder: Path, expected: dict[str, bytes]) -> int:
     """Kill a build of a copy of `start` before its first change, then the second, and so on; return their number."""
     import pandas  # noqa: F401 (else pyarrow imports it in each fork)
     import pyarrow.compute  # noqa: F401
+    import webdataset  # noqa: F401 (else each fork that writes a tar imports it, and torch)
 
     build_shards = load_script("build_shards")  # nothing has run yet in this process, so that it may fork
     for number in range(1000):

@@ -113,7 +113,7 @@ def identical(folder: Path, expected: Path) -> None:
 
 
 # ---------------------------------------------------------------- what it leaves
-def test_it_leaves_a_component(undisturbed, image_shards):
+def test_training_exports_a_component(undisturbed, image_shards):
     about = record(undisturbed)
     assert about == json.loads((undisturbed / "component/training.json").read_text())
     assert {k: about[k] for k in ("source", "images", "steps", "global_batch", "world_size", "skipped")} == {
@@ -134,7 +134,7 @@ def test_it_leaves_a_component(undisturbed, image_shards):
     assert about["held_out"]["psnr_32px"] == pytest.approx(psnr, abs=0.02)
 
 
-def test_its_log_tells_losses_by_term_and_the_quality_at_every_save(undisturbed):
+def test_log_has_losses_by_term_and_psnr_at_every_save(undisturbed):
     lines = log(undisturbed / RUN)
     logged = [line for line in lines if "loss" in line]
     assert [line["images"] for line in logged] == [20, 40, 60, 80, 96]
@@ -151,7 +151,7 @@ def test_its_log_tells_losses_by_term_and_the_quality_at_every_save(undisturbed)
     assert (undisturbed / "component/log.jsonl").read_text() == (undisturbed / RUN / "log.jsonl").read_text()
 
 
-def test_its_samples_show_each_image_beside_what_comes_back(undisturbed, image_shards):
+def test_sample_pictures_show_images_beside_reconstructions(undisturbed, image_shards):
     names = sorted(int(path.stem) for path in (undisturbed / "component/samples").iterdir())
     assert names == list(range(16, 97, 16))
     picture = Image.open(undisturbed / "component/samples/96.png")
@@ -164,7 +164,7 @@ def test_its_samples_show_each_image_beside_what_comes_back(undisturbed, image_s
 
 
 # ---------------------------------------------------------------- ranks
-def test_one_rank_learns_what_two_learn(undisturbed, train, given, tmp_path):
+def test_one_rank_agrees_with_two(undisturbed, train, given, tmp_path):
     result = train(tmp_path, *given, "batch_size=4")
     assert result.codes == [0], result.text
     states = [last_checkpoint(folder / RUN) for folder in (tmp_path, undisturbed)]
@@ -175,7 +175,7 @@ def test_one_rank_learns_what_two_learn(undisturbed, train, given, tmp_path):
     assert one == pytest.approx(two, rel=1e-3)
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_global_batch(undisturbed, train, given, tmp_path):
+def test_other_world_size_resumes_with_the_same_global_batch(undisturbed, train, given, tmp_path):
     train.start(tmp_path, *given, ranks=2)
     await_images(tmp_path / RUN, 16)
     os.kill(train.pids[0], signal.SIGTERM)
@@ -188,7 +188,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_global_batch(undisturbed,
     assert same(one, two, rtol=1e-2, atol=1e-3)
 
 
-def test_another_batch_size_on_as_many_ranks_is_another_training(undisturbed, train, given, tmp_path):
+def test_other_batch_size_on_the_same_ranks_trains_anew(undisturbed, train, given, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
     result = train(folder, *given, "batch_size=1", "num_examples_to_see=4", ranks=2)
     assert result.codes == [0, 0] and "resumed" not in result.text, result.text
@@ -197,7 +197,7 @@ def test_another_batch_size_on_as_many_ranks_is_another_training(undisturbed, tr
 
 
 # ---------------------------------------------------------------- interruptions
-def test_killed_at_random_moments_it_ends_the_same(undisturbed, train, given, tmp_path):
+def test_kills_at_random_moments_give_identical_results(undisturbed, train, given, tmp_path):
     moments = random.Random(time.time_ns())
     for _ in range(12):
         train.start(tmp_path, *given, ranks=2)
@@ -212,7 +212,7 @@ def test_killed_at_random_moments_it_ends_the_same(undisturbed, train, given, tm
     identical(tmp_path, undisturbed)
 
 
-def test_the_best_so_far_survives_an_interruption(train, given, tmp_path):
+def test_best_psnr_survives_an_interruption(train, given, tmp_path):
     """A checkpoint with a quality that no training reaches keeps it through a resume."""
     assert train(tmp_path, *given, "num_examples_to_see=80", "batch_size=4").codes == [0]
     (last,) = (tmp_path / RUN).glob("checkpoints/*/80")
@@ -235,7 +235,7 @@ def test_the_best_so_far_survives_an_interruption(train, given, tmp_path):
     assert last["images"] == 80 and last["best_psnr_16px"] == 99.0 > last["psnr_16px"]
 
 
-def test_a_finished_training_is_done_and_without_its_record_exported_again(undisturbed, train, given, tmp_path):
+def test_finished_training_without_its_record_is_exported_again(undisturbed, train, given, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
     result = train(folder, *given, ranks=2)
     assert result.codes == [0, 0] and "component.json: finished already" in result.text
@@ -245,7 +245,7 @@ def test_a_finished_training_is_done_and_without_its_record_exported_again(undis
     identical(folder, undisturbed)
 
 
-def test_a_component_is_replaced_whole(tmp_path):
+def test_component_is_replaced_atomically(tmp_path):
     """Killed before each file that is put in place: never a record of another folder, never half a folder."""
     output = tmp_path / "component.json"
     (tmp_path / RUN / "samples").mkdir(parents=True)
@@ -313,7 +313,7 @@ def efficientnet(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_perceptual_loss_counts_by_its_network_s_record(efficientnet, train, given, tmp_path):
+def test_perceptual_network_counts_by_its_record(efficientnet, train, given, tmp_path):
     options = [*given, "loss.perceptual=1", f"loss.perceptual_network={efficientnet}", "num_examples_to_see=8"]
     result = train(tmp_path, *options, "log_every=1")
     assert result.codes == [0], result.text
@@ -343,7 +343,7 @@ def test_l1_alone_in_bf16_with_loader_processes(train, given, tmp_path):
     assert losses["bf16"][-1] < losses["bf16"][0]
 
 
-def test_it_tells_wandb_whose_and_what_it_is(given, tmp_path, monkeypatch):
+def test_wandb_run_has_project_name_and_configuration(given, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     cfg = load_config(schema_data.AutoencoderConfig, given[0].removeprefix("config="), ["wandb_mode=offline"])
@@ -359,7 +359,7 @@ def test_it_tells_wandb_whose_and_what_it_is(given, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- bad input
-def test_an_undecodable_image_does_not_stop_it(settings, train, tmp_path):
+def test_undecodable_image_is_skipped(settings, train, tmp_path):
     samples = [make_sample(n) for n in range(20)]
     samples[3][1]["jpg"] = b"nothing"
     tar = write_tar(tmp_path / "0.tar", samples)
@@ -414,13 +414,13 @@ def test_held_out_images_that_cannot_be_read_are_one_message(train, given, tmp_p
     refused(train(tmp_path, *given, f"held_out={tmp_path / 'manifest.json'}"), "held_out: none of its first images")
 
 
-def test_a_spoiled_shard_is_one_message(train, given, image_shards, tmp_path):
+def test_damaged_shard_is_one_message(train, given, image_shards, tmp_path):
     spoiled = shutil.copytree(image_shards, tmp_path / "spoiled")
     (spoiled / "00002.tar").write_bytes((spoiled / "00002.tar").read_bytes()[:900])
     refused(train(tmp_path, *given, f"train={spoiled / 'manifest.json'}"), "00002.tar: 900 bytes", "expected")
 
 
-def test_a_second_trainer_is_kept_out(train, given, tmp_path):
+def test_second_trainer_is_refused(train, given, tmp_path):
     with checkpoint.lock(tmp_path / RUN):
         refused(train(tmp_path, *given), "another process is training here", str(os.getpid()))
 
@@ -444,7 +444,7 @@ def test_the_rule_waits_for_the_perceptual_network(tmp_path):
     assert f"{network}.json" in plan(tree)["input"]
 
 
-def test_the_rule_s_launcher_is_the_profile_s(tmp_path):
+def test_rule_uses_the_launcher_of_the_profile(tmp_path):
     tree = make_checkout(tmp_path / "checkout")
     command = "workflow/scripts/train_autoencoder.py config=resources/components/config/emoji-autoencoder-scratch.yaml"
     assert f" JOB_TASKS_PER_NODE=1 JOB_CPUS_PER_TASK=2 JOB_GRES=; python {command}" in plan(tree)["shellcmd"]

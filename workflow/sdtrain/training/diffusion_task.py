@@ -106,7 +106,8 @@ class DiffusionTask(Task):
         with self.autocast:  # as in training, which keeps the cast weights in the autocast cache
             self.empty_text = self.encode_text([""])  # 1 x tokens x width
         self.latents_shape = (unet.config.in_channels, side, side)
-        self.flops = training_flops(unet, self.latents_shape, (self.empty_text.shape[1], self.empty_text.shape[2]))
+        if self.peak:  # else no MFU is logged
+            self.flops = training_flops(unet, self.latents_shape, (self.empty_text.shape[1], self.empty_text.shape[2]))
 
     def _spread_network(self, global_batch: int) -> None:
         """Set attention, gradient checkpointing, memory format and compilation; spread the UNet; start its average."""

@@ -17,7 +17,7 @@ from sdtrain.config.schema import StageConfig
 
 
 def canonical(value: Any) -> str:
-    """Return the canonical JSON text of a value: equal values have equal texts, whatever the order of their keys."""
+    """Return the canonical JSON text of a value: equal values have equal texts, in any order of their keys."""
     if isinstance(value, DictConfig):
         value = OmegaConf.to_container(value, resolve=True)
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

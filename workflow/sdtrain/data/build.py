@@ -149,7 +149,7 @@ def settle(folder: Path, prefix: str) -> Stats:
 def put_in_order(fresh: Path, target: Path, prefix: str) -> None:
     """Write a tar again, sorted by key and without times, and put a prefix before each key.
 
-    So the same images give the same tar, in whatever order they arrive.
+    So the same images give the same tar in any order of arrival.
     """
     samples = sorted(index_tar(fresh), key=lambda sample: sample.key)
     if not samples:

@@ -36,7 +36,7 @@ OPTIONS = {  # what shards.options may hold: img2dataset's options that have no 
     *("max_image_area", "extract_exif", "compute_hash", "verify_hash", "bbox_col", "oom_shard_count"),
     "max_shard_retry",
 }
-ELSEWHERE = {  # what must not stand in shards.options, and what to set instead
+ELSEWHERE = {  # options that shards.options must not contain, and the key to set instead
     **{option: f"shards.{key}" for option, key in KEYS.items()},
     "url_col": "table.columns.url",
     "caption_col": "table.columns.caption",
@@ -47,7 +47,7 @@ MAX_PIXELS = 2**27  # of an image that is decoded, into 400 MB
 INTERVAL = 1  # seconds between two looks at img2dataset
 LINE = 60  # seconds between two lines of progress if there is no terminal for a bar
 STANDSTILL = 900  # seconds without a new byte after which img2dataset is taken to have lost a process
-REASONS = 20  # kinds of failure that a manifest tells apart
+REASONS = 20  # kinds of failure that a manifest lists at most
 MEANINGS = (  # messages of Python, OpenCV and img2dataset, and what they mean
     (r"would lead to an infinite loop", "redirects without end"),
     (r"IncompleteRead", "body cut off"),

@@ -173,7 +173,7 @@ def progress(items: Iterable, total: int, label: str) -> Iterable:
 
 # ---------------------------------------------------------------- reading
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read a manifest; add to each shard's row "path", where it lies, and "index_path" (None: it has no index).
+    """Read a manifest; add to each shard's row "path", its address, and "index_path" (None: it has no index).
 
     Raise DataError if a local shard is missing or has another size.
     """
@@ -227,7 +227,7 @@ def remedy(row: dict, manifest: str | Path, file: str | Path | None = None) -> s
 
 
 def has_index_beside(row: dict) -> bool:
-    """Return whether a shard was written by this system: its index then lies beside it."""
+    """Return whether a shard was written by this system: its index is then the file beside it."""
     return os.path.dirname(row["index_path"]) == os.path.dirname(row["path"])
 
 

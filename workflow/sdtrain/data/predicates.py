@@ -10,7 +10,7 @@ Forms, as values of `{column: predicate}`:
 
 Null and NaN pass no predicate except an explicit null: "== null", null, "in [a, null]". Numbers, texts and booleans are
 three kinds: values of different kinds are never equal and never ordered. A column whose Arrow field has the metadata
-{"json": "1"} holds JSON texts: each stands for the value that it encodes.
+{"json": "1"} contains JSON texts: each is compared as the value that it encodes.
 
 NumPy and Arrow are imported by the functions that need them: planning a workflow parses predicates, but reads no table.
 """
@@ -135,7 +135,7 @@ def parse(filters: Mapping[str, Any] | None) -> Predicates:
 
 
 def add_yields(total: list[dict[str, Any]] | None, part: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the yields of two parts of one table together; None stands for no part yet."""
+    """Return the yields of two parts of one table together; None is no part yet."""
     if total is None:
         return part
     texts = ("column", "predicate")
@@ -146,7 +146,7 @@ def held_out_side(values: pa.ChunkedArray | Sequence[Any], fraction: float, seed
     """Return a bool for each value: whether it is held out.
 
     A value is held out if the SHA-256 of seed and value, as a share of its range, is below `fraction`. So equal values
-    fall on one side, whatever other values there are. Null is a value like any other.
+    are in the same split, independently of all other values. Null is a value like any other.
     """
     import numpy as np
 

@@ -32,7 +32,7 @@ class TableShard(Shard):
 
     name: str
     label: str  # the table's path below the folder that all tables of the dataset have in common
-    folder: str  # where the table lies: relative paths of images start there
+    folder: str  # of the table: relative paths of images start there
     first: int  # number of the part's first row in the file
     rows: np.ndarray
     columns: dict[str, pa.ChunkedArray]

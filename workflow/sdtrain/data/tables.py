@@ -17,7 +17,7 @@ from sdtrain.io import storage
 from sdtrain.io.files import atomic_path
 
 BATCH_ROWS = 65536
-TEXTS = ("url", "caption")  # columns that are strings whatever their values look like
+TEXTS = ("url", "caption")  # columns that are read as strings even if all values are numbers
 
 
 class Table:

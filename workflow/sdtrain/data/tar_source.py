@@ -170,7 +170,7 @@ class TarSource(Source):
         return index
 
     def _fits(self, index: Path, address: str) -> bool:
-        """Return whether an index is of a shard as large as the cached copy; a command tells no version."""
+        """Return whether an index is of a shard as large as the cached copy: outputs of commands have no version."""
         facts, size = read_facts(index) or {}, None
         with contextlib.suppress(FileNotFoundError):
             size = os.path.getsize(self.copies.path(address))

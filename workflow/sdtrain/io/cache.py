@@ -26,7 +26,7 @@ class LocalCache:
         self.folder, self.number = Path(folder), number
 
     def path(self, key: str) -> Path:
-        """Return where the file of a key lies once it is made."""
+        """Return the path of the file of a key, which may not exist yet."""
         return self.folder / short_digest(key)
 
     def fetch(self, address: str) -> BinaryIO:

@@ -134,9 +134,9 @@ def hold_lock(
     """Hold the lock file `path`; yield its file descriptor, which a child process may inherit (`pass_fds`).
 
     The kernel drops the lock when the process and all who inherited it are gone, so it is never stale; forked loader
-    processes do not inherit it. The file names its owner. `say` is told of the wait, and again every 10 s. Raise
-    LockedError, which begins with the folder and `busy`, after `wait_seconds`. On a file system without locks, warn
-    and yield None.
+    processes do not inherit it. The file names its owner. `say` is called with a message at the start of the wait, and
+    every 10 s. Raise LockedError, which begins with the folder and `busy`, after `wait_seconds`. On a file system
+    without locks, warn and yield None.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def lock_owner(path: str | Path) -> str:
 
 
 def is_locked(path: str | Path) -> bool | None:
-    """Return whether a process holds the lock file `path`; None if that cannot be told (no access, no locks)."""
+    """Return whether a process holds the lock file `path`; None if that cannot be determined (no access, no locks)."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -122,7 +122,7 @@ def local(address: str) -> Iterator[str]:
 
 
 def version(address: str) -> str | None:
-    """Return a text that changes when the content of an address does; None where nothing tells (pipe:, some servers).
+    """Return a text that changes when the content of an address does; None if there is none (pipe:, some servers).
 
     It is the size and modification time of a local file, the ETag or modification time of a remote one.
     """

@@ -110,7 +110,7 @@ def _scales_like(process: Process, t: torch.Tensor, like: torch.Tensor) -> tuple
 
 
 def add_noise(process: Process, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return x_t of clean latents x0, at least float32. `t` may be on the CPU, whatever the latents' device."""
+    """Return x_t of clean latents x0, at least float32. `t` may be on the CPU even if the latents are not."""
     signal, scale = _scales_like(process, t, clean)
     return signal * clean + scale * noise
 

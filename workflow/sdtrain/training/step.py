@@ -1,4 +1,4 @@
-"""One step: the gradient of a global batch, and the all-reduce that tells every rank how it went."""
+"""One step: the gradient of a global batch, and the all-reduce that gives every rank the same report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a rank knows after the backward passes of a step; the gradients themselves lie in the module."""
+    """The results of a rank's backward passes in a step; the gradients themselves are in the module."""
 
     losses: torch.Tensor  # sums of the task's losses, float64
     images: torch.Tensor  # over how many images each of them is
@@ -41,7 +41,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Report:
-    """What all ranks know after the all-reduce of a step."""
+    """The results of a step summed over all ranks, equal on each of them."""
 
     losses: list[float]
     images: list[float]

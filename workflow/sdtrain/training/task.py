@@ -21,7 +21,7 @@ from sdtrain.training.telemetry import Telemetry
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The keys of a configuration that the loop reads, whatever the task. Each means what it means in a stage.
+    """The keys of a configuration that the loop reads, for any task. Each means what it means in a stage.
 
     The defaults are for tasks whose configuration has no such key.
     """
@@ -41,7 +41,7 @@ class LoopSettings:
 
 
 class Task:
-    """One kind of training. The loop calls the methods in the order in which they stand here.
+    """One kind of training. The loop calls the methods in the order of this class.
 
     A subclass sets the first group of attributes when it is made, and the second in `build`.
     """

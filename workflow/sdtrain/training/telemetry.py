@@ -71,7 +71,7 @@ def training_flops(unet: nn.Module, latents_shape: tuple[int, int, int], text_sh
         with FlopCounterMode(display=False) as counter:
             twin(latents, torch.zeros(1, device="meta"), encoder_hidden_states=text).sample.sum().backward()
         return counter.get_total_flops()
-    except Exception as error:  # whatever it is, a training can do without
+    except Exception as error:  # of any kind: the training does not depend on it
         warnings.warn(f"no mfu is logged: the FLOPs of this UNet cannot be counted ({error})", stacklevel=2)
         return 0
 
@@ -119,7 +119,7 @@ class Telemetry:
 
     `total` and `start` are images; `position` is how far the stream of data was read at the start, in images too: more
     than `start` where a rollback left data out. `flops_per_image` and `peak` (FLOP/s of each of `world_size` devices)
-    give the MFU; `device` is the one whose memory is told.
+    give the MFU; `device` is the one whose memory is logged.
 
     The file of a training that was killed and resumed is that of one that was not, but for what was measured. Each line
     has a position (written where it is not `images`), which only grows: a resume drops the lines past its own, since
@@ -239,7 +239,7 @@ class Telemetry:
         """Continue without wandb once it fails, for example if the system killed its process to free memory."""
         try:
             call()
-        except Exception as error:  # whatever it is, a training can do without
+        except Exception as error:  # of any kind: the training does not depend on it
             warnings.warn(
                 f"wandb stopped ({error or type(error).__name__}); the training continues without it", stacklevel=4
             )

@@ -29,10 +29,10 @@ demo: env  ## run the workflow for RUN=demo and print its metrics (ARGS="-n": on
 status: env  ## show a run's stages, progress and SLURM jobs (RUN=demo)
 	@python workflow/scripts/status.py run=$(RUN)
 
-# Two workers with one thread each: with more threads than cores, small models are many times slower. The order of the
-# files is kept, so that the longest ones, in end_to_end, start first.
+# Workers with one thread each: with more threads than cores, small models are many times slower. Three, because tests
+# spend a third of their time waiting. The order of files is kept, so that the longest ones, in end_to_end, start first.
 test: env  ## run the tests that need no SLURM (ARGS="-k name" selects some)
-	OMP_NUM_THREADS=1 python -m pytest tests --ignore=tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 python -m pytest tests --ignore=tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Needs root and the packages munge, slurmctld, slurmd, slurm-client and iproute2; otherwise skips its tests and says why.
 test-slurm: env  ## run the tests that need SLURM, on a temporary cluster of 16 nodes on this machine

@@ -37,3 +37,6 @@ rule data:
 rule stages:
     input:
         [plan.milestone_result(RUN, stage) for stage in plan.load_run(RUN).stages],
+
+
+check_rule_names()

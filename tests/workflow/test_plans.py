@@ -192,6 +192,14 @@ def test_invalid_configuration_ends_planning_with_one_message(checkout, plan, ed
     assert written(checkout) == []
 
 
+@pytest.mark.parametrize("option", ["set-resources", "set-threads"])
+def test_settings_of_a_rule_that_does_not_exist_are_refused(checkout, plan, option):
+    value = {"set-resources": "measur:mem_mb=1", "set-threads": "measur=1"}[option]
+    refused = plan(checkout, f"--{option}", value)
+    assert not refused.ok and refused.jobs == []
+    assert f"{option}: no rule 'measur'; did you mean measure?; correct the profile" in refused.text
+
+
 def test_snakemake_exits_with_an_error_for_a_missing_run(checkout):
     command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", "--dry-run", "--config", "run=dmo"]
     result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)

@@ -8,6 +8,7 @@ from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from sdtrain.config import load as configuration
+from sdtrain.errors import did_you_mean
 from sdtrain.orchestration import invocations, slurm
 from sdtrain.orchestration.plan import Plan
 
@@ -41,6 +42,14 @@ COUNTS = (
 def gpu_job(launch="python"):
     """Return the default resources of a rule on a GPU; `set-resources` in a profile has an entry for each such rule."""
     return {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 2, "gres": "", "launch": launch}
+
+
+def check_rule_names():
+    """Refuse resources and threads for rules that do not exist, since Snakemake ignores them."""
+    known, given = [rule.name for rule in workflow.rules], workflow.resource_settings
+    for key, settings in (("set-resources", given.overwrite_resources), ("set-threads", given.overwrite_threads)):
+        for name in sorted(set(settings) - set(known)):
+            raise WorkflowError(f"{key}: no rule {name!r}{did_you_mean(name, known)}; correct the profile or --{key}")
 
 
 TRAINED = [name for name, entry in plan.load_components().items() if entry.source == "train"]

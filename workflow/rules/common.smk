@@ -27,8 +27,7 @@ if workflow.is_main_process:
 
 plan = Plan(RUN, OVERRIDES, error=WorkflowError)
 plan.check()
-if api_key := plan.load_run(RUN).wandb.api_key:  # jobs inherit it: no file and no command line contains it
-    os.environ["WANDB_API_KEY"] = api_key
+invocations.pass_on_api_key(plan.load_run(RUN).wandb.api_key)
 if workflow.is_main_process:  # jobs read this copy, so that later edits do not affect them
     os.environ[configuration.CONFIGS] = str(invocations.keep_configs(configuration.config_folder()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,11 @@ def test_kept_configurations_do_not_change(tmp_path):
     assert {path for path in (tmp_path / "kept").iterdir() if path.is_dir()} == {first, second}
     (configs / "demo.yaml").rename(configs / "other.yaml")
     assert keep_configs(configs, tmp_path / "kept") not in (first, second)
+
+
+def test_api_key_is_passed_on_in_the_environment_and_an_absent_one_changes_nothing(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "own")
+    invocations.pass_on_api_key(None)
+    assert os.environ["WANDB_API_KEY"] == "own"
+    invocations.pass_on_api_key("of the run")
+    assert os.environ["WANDB_API_KEY"] == "of the run"

@@ -50,3 +50,9 @@ def keep_configs(configs: Path, folder: str | Path = ".snakemake/configs") -> Pa
                     (temporary / path.relative_to(configs)).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, temporary / path.relative_to(configs))
     return kept
+
+
+def pass_on_api_key(key: str | None) -> None:
+    """Pass the wandb API key of a run to its jobs in the environment, so that no file and no command line has it."""
+    if key:
+        os.environ["WANDB_API_KEY"] = key

@@ -52,7 +52,7 @@ def test_image_depends_only_on_its_prompt_and_seed(pipeline):
     assert [image.shape for image in by_two] == [(32, 32, 3)] * 5
     for a, b in zip(by_two, at_once, strict=True):
         assert np.abs(a - b).max() <= 1
-    assert np.abs(one[0] - by_two[2]).max() <= 1  # prompt 2 with seed 3 has the seed of prompt 0 with seed 5
+    assert np.abs(one[0] - by_two[2]).max() <= 1  # the seed of an image is `seed` + its number: 5 + 0 = 3 + 2
     assert np.abs(by_two[0] - by_two[1]).max() > 5
 
 

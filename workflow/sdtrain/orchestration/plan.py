@@ -229,7 +229,7 @@ class Plan:
     def measured_from(self, wildcards: Any) -> list[str]:
         """Return the input files for these: the file itself, or the record of a component."""
         paths = self.measured_with(wildcards).values()
-        return [path if path.endswith(".safetensors") else f"{path}.json" for path in paths]
+        return [path if path.endswith(".safetensors") else component_record(path) for path in paths]
 
     def measure_arguments(self, wildcards: Any) -> str:
         """Return these as arguments of `measure`."""
